@@ -1,0 +1,21 @@
+# One-liners. `setup` makes .venv; every other target depends on it.
+PYTHON ?= python3.11
+# An index that offers a CPU build of torch keeps gigabytes of CUDA off a CPU-only machine,
+# e.g. TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+TORCH_INDEX_URL ?=
+BIN := .venv/bin
+
+.PHONY: setup demo test test-unit check bench
+setup: .venv/.installed
+demo: setup ; $(BIN)/heliostat up gpt-demo
+check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+test: setup ; $(BIN)/pytest tests/unit tests/local_cluster
+test-unit: setup ; $(BIN)/pytest tests/unit
+bench: setup ; $(BIN)/python benchmarks/main_job.py
+
+# torch goes first and alone, so that the build that pip is set up to offer is the one taken.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Bottom layer: configuration, storage, sessions, the command line. Imports none of ours."""

@@ -1,0 +1,199 @@
+"""`up`: which stages run, and in what order. The only way one verb starts another.
+
+The decisions are pure (`decide`); `execute` carries them out.
+"""
+
+import importlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cluster import progress
+from cluster.config import RunConfig
+from cluster.errors import ConfigError, UsageError
+from cluster.session import open_store, session
+from cluster.stages import (
+    BY_VERB,
+    STAGES,
+    Stage,
+    StageResult,
+    fingerprint,
+    relevant,
+    resolved,
+    source_of,
+)
+from cluster.storage import Artifact, Manifest, Store
+
+Action = Literal["run", "resume", "skip"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    action: Action
+    reason: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """One row of the closing table."""
+
+    stage: str
+    status: Literal["done", "skipped"]
+    seconds: float
+    artifact: str | None
+    headline: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    url: str | None = None
+
+
+def between(first: str | None, last: str | None) -> list[Stage]:
+    """The stages of `up --from first --to last`, in order.
+
+    Raises:
+        UsageError: for an unknown stage or an empty range.
+    """
+    verbs = [stage.verb for stage in STAGES]
+    for verb in (first, last):
+        if verb is not None and verb not in verbs:
+            raise UsageError(f"no stage {verb!r}: the stages are {', '.join(verbs)}")
+    begin = verbs.index(first) if first else 0
+    end = verbs.index(last) if last else len(verbs) - 1
+    if begin > end:
+        raise UsageError(f"--from {first} comes after --to {last}")
+    return list(STAGES[begin : end + 1])
+
+
+def decide(
+    stage: Stage,
+    config: RunConfig,
+    newest: Manifest | None,
+    source: Artifact | None,
+    inputs: Mapping[str, Any],
+) -> Decision:
+    """What to do about a stage whose newest artifact and source are known.
+
+    Raises:
+        ConfigError: if the config differs from the newest artifact's, with the difference.
+    """
+    if stage.makes is None:
+        return Decision("run", "it makes no artifact")
+    if newest is None:
+        return Decision("run", "nothing made yet")
+    if config.fresh:
+        return Decision("run", "--fresh")
+    changes = difference(relevant(stage, newest.config), relevant(stage, resolved(config)))
+    if changes:
+        raise ConfigError(
+            f"{stage.makes}/{newest.name}@{newest.version} was made with another config "
+            f"({'; '.join(changes)}): give this one a name of its own (name={config.name}-2), or "
+            "replace the old one with --fresh"
+        )
+    if newest.fingerprint != fingerprint(stage, config, source, inputs):
+        if source is not None and source.id not in newest.parents:
+            return Decision("run", f"its input is new: {source.id}")
+        return Decision("run", "its inputs have changed")
+    if not newest.complete:
+        return Decision("resume", f"continue from {stage.makes}/{newest.name}@{newest.version}")
+    return Decision("skip", f"{stage.makes}/{newest.name}@{newest.version} is up to date")
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for every key that differs."""
+    keys = sorted(old.keys() | new.keys())
+    absent = object()
+    return [
+        f"{key}: {_shown(old.get(key, absent), absent)} -> {_shown(new.get(key, absent), absent)}"
+        for key in keys
+        if old.get(key, absent) != new.get(key, absent)
+    ]
+
+
+def plan(stages: Sequence[Stage], config: RunConfig, store: Store) -> list[tuple[str, Decision]]:
+    """What `execute` would do. A stage after one that runs will see a new input."""
+    planned: list[tuple[str, Decision]] = []
+    for stage in stages:
+        before = dict(planned).get(_maker_of(stage.needs))
+        if before is not None and before.action != "skip":
+            planned.append((stage.verb, Decision("run", f"after {_maker_of(stage.needs)}")))
+        else:
+            planned.append((stage.verb, _decide_now(stage, config, store)))
+    return planned
+
+
+def execute(
+    stages: Sequence[Stage],
+    config: RunConfig,
+    on_done: Callable[[Done], None] | None = None,
+) -> list[Done]:
+    """Run the stages in order, skipping what is up to date.
+
+    Args:
+        on_done: called after each stage, so that a long-lived last stage does not hide the others.
+    """
+    store = open_store(config)
+    _preflight(stages, config)
+    done: list[Done] = []
+    with session(config) as joined:
+        if joined.dashboard:
+            progress.say(f"Ray dashboard: http://{joined.dashboard}")
+        for stage in stages:
+            row = _execute_one(stage, config, store)
+            done.append(row)
+            if on_done is not None:
+                on_done(row)
+    return done
+
+
+def _execute_one(stage: Stage, config: RunConfig, store: Store) -> Done:
+    decision = _decide_now(stage, config, store)
+    if decision.action == "skip":
+        progress.say(f"{stage.verb}: skipped, {decision.reason}")
+        newest = store.latest(stage.makes or "", config.name)
+        assert newest is not None
+        return Done(stage.verb, "skipped", 0.0, newest.id, decision.reason, newest.manifest.metrics)
+    progress.say(f"{stage.verb}: {decision.reason}")
+    began = time.monotonic()
+    run: Callable[[RunConfig], StageResult] = importlib.import_module(stage.module).run
+    result = run(config)
+    seconds = time.monotonic() - began
+    identity = result.artifact.id if result.artifact else None
+    return Done(stage.verb, "done", seconds, identity, result.headline, result.metrics, result.url)
+
+
+def _decide_now(stage: Stage, config: RunConfig, store: Store) -> Decision:
+    newest = store.latest(stage.makes, config.name) if stage.makes else None
+    source = source_of(stage, store, config)
+    inputs = outside_inputs(stage, config)
+    return decide(stage, config, newest.manifest if newest else None, source, inputs)
+
+
+def outside_inputs(stage: Stage, config: RunConfig) -> Mapping[str, Any]:
+    """What a stage reads from outside of the store: its module says so in `inputs(config)`."""
+    if stage.needs is not None:
+        return {}
+    reader = getattr(importlib.import_module(stage.module), "inputs", None)
+    return reader(config) if reader else {}
+
+
+def _preflight(stages: Sequence[Stage], config: RunConfig) -> None:
+    """Refuse now what would fail only after minutes of work."""
+    for stage in stages:
+        check = getattr(_module_door(stage), "check", None)
+        if check is not None:
+            check(config)
+
+
+def _module_door(stage: Stage) -> Any:
+    return importlib.import_module(stage.module)
+
+
+def _maker_of(kind: str | None) -> str:
+    return next((stage.verb for stage in STAGES if stage.makes == kind), "")
+
+
+def _shown(value: Any, absent: object) -> str:
+    return "unset" if value is absent else str(value)
+
+
+__all__ = ["BY_VERB", "Decision", "Done", "between", "decide", "execute", "plan"]

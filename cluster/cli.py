@@ -1,0 +1,181 @@
+"""The `heliostat` command: a table of verbs; parse, load the config, import the stage, run it.
+
+Heavy imports (ray, torch, transformers) come after parsing, so that `--help` answers at once.
+Exit codes: 0 done, 1 fault, 2 a gate refused, 3 usage.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from cluster import loading, progress
+from cluster.errors import HeliostatError, UsageError
+from cluster.stages import STAGES
+
+app = typer.Typer(
+    name="heliostat",
+    help="Raw data in, your own large model out, served: on a laptop or on a Ray cluster of GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Recipe = Annotated[str, typer.Argument(help="A name from `heliostat recipes`, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes: section.key=value ...", show_default=False)
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Make new versions of finished artifacts.")]
+Plan = Annotated[bool, typer.Option("--plan", help="Say which stages would run, and why.")]
+Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON on stdout.")]
+First = Annotated[str | None, typer.Option("--from", help="First stage.", metavar="STAGE")]
+Last = Annotated[str | None, typer.Option("--to", help="Last stage.", metavar="STAGE")]
+
+
+@app.command()
+def up(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    first: First = None,
+    last: Last = None,
+    fresh: Fresh = False,
+    plan: Plan = False,
+    as_json: Json = False,
+) -> None:
+    """All stages in order, from raw files to a served model; finished ones are skipped."""
+    _run(recipe, overrides or [], first, last, fresh=fresh, plan_only=plan, as_json=as_json)
+
+
+def _stage_command(verb: str, help_text: str) -> None:
+    def command(
+        recipe: Recipe,
+        overrides: Overrides = None,
+        fresh: Fresh = False,
+        plan: Plan = False,
+        as_json: Json = False,
+    ) -> None:
+        _run(recipe, overrides or [], verb, verb, fresh=fresh, plan_only=plan, as_json=as_json)
+
+    app.command(verb, help=help_text)(command)
+
+
+for _stage in STAGES:
+    _stage_command(_stage.verb, _stage.help)
+
+
+@app.command()
+def config(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print the resolved config: defaults, recipe, overrides."""
+    print(loading.dump(loading.load(recipe, overrides or [])), end="")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with Heliostat."""
+    for name, description in loading.recipes().items():
+        print(f"{name:<16} {description}")
+
+
+def _run(
+    recipe: str,
+    overrides: list[str],
+    first: str | None,
+    last: str | None,
+    *,
+    fresh: bool,
+    plan_only: bool,
+    as_json: bool,
+) -> None:
+    if as_json:
+        progress.to_stderr()
+    resolved = loading.load(recipe, overrides, fresh=fresh)
+    from cluster import chain
+
+    stages = chain.between(first, last)
+    if plan_only:
+        _print_plan(chain, stages, resolved, as_json=as_json)
+        return
+    rows: list[Any] = []
+
+    def on_done(row: Any) -> None:
+        rows.append(row)
+
+    chain.execute(stages, resolved, on_done)
+    _print_summary(rows, resolved.name, as_json=as_json)
+
+
+def _print_plan(chain: Any, stages: Any, resolved: Any, *, as_json: bool) -> None:
+    from cluster.session import open_store
+
+    planned = chain.plan(stages, resolved, open_store(resolved))
+    for verb, decision in planned:
+        progress.say(f"{verb:<10} {decision.action:<7} {decision.reason}")
+    if as_json:
+        tree = [{"stage": v, "action": d.action, "reason": d.reason} for v, d in planned]
+        progress.write_json_line(json.dumps({"status": "planned", "stages": tree}))
+
+
+def _print_summary(rows: list[Any], name: str, *, as_json: bool) -> None:
+    cells: list[tuple[str, ...]] = [
+        (
+            r.stage,
+            "skipped" if r.status == "skipped" else f"{r.seconds:.1f} s",
+            r.artifact or "",
+            r.headline,
+        )
+        for r in rows
+    ]
+    progress.table(name, ("stage", "time", "artifact", "key figure"), cells)
+    if not as_json:
+        return
+    model = next((r.artifact for r in rows if r.stage == "publish"), None)
+    tree = {
+        "status": "done",
+        "stages": [
+            {
+                "stage": r.stage,
+                "status": r.status,
+                "seconds": round(r.seconds, 3),
+                "artifact": r.artifact,
+                "metrics": dict(r.metrics),
+            }
+            for r in rows
+        ],
+        "model": model.removeprefix("model/") if model else None,
+        "url": next((r.url for r in rows if r.url), None),
+    }
+    progress.write_json_line(json.dumps(tree))
+
+
+# Typer carries its own copy of click, whose usage error is the base of the one that it exports.
+_PARSING_ERROR: Any = typer.BadParameter.__base__
+
+
+def main() -> None:
+    """Console entry point."""
+    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+
+
+def _guarded(call: Callable[[], Any]) -> int:
+    """Run, and turn what can go wrong into one line and an exit code."""
+    try:
+        call()
+    except typer.Exit as stop:
+        return stop.exit_code
+    except _PARSING_ERROR as error:
+        print(f"heliostat: {error.format_message()} (see heliostat --help)", file=sys.stderr)
+        return UsageError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("heliostat: stopped; the same command continues", file=sys.stderr)
+        return 130
+    except HeliostatError as error:
+        print(f"heliostat: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    main()

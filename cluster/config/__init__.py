@@ -1,0 +1,102 @@
+"""The whole schema of a recipe. Frozen, strict, described field by field; no heavy imports.
+
+A stage's function takes `RunConfig`; everything below it takes its own section.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cluster.config.base import OPERATIONAL, Section
+from cluster.config.data import Data, ImageData, PrepareSection, TextData
+from cluster.config.model import LlamaModel, Model, ResNetModel
+from cluster.config.stages import (
+    EvaluateSection,
+    PublishSection,
+    RaySection,
+    RegistrySection,
+    ServeSection,
+    StorageSection,
+)
+from cluster.config.train import TrainSection
+from cluster.errors import ConfigError
+
+# family -> the data and model kinds that it works with
+FAMILIES: dict[str, tuple[str, str]] = {
+    "causal_lm": ("text", "llama"),
+    "image_classifier": ("image", "resnet"),
+}
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+class RunConfig(Section):
+    name: Name
+    """Name of the artifacts that the recipe makes."""
+    description: Annotated[str, OPERATIONAL] = ""
+    family: Literal["causal_lm", "image_classifier"]
+    """What kind of model this is."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1337
+    fresh: Annotated[bool, OPERATIONAL] = False
+    """Make new versions even where finished ones exist (`--fresh`)."""
+    storage: StorageSection = StorageSection()
+    ray: RaySection = RaySection()
+    prepare: PrepareSection = PrepareSection()
+    data: Data
+    model: Model
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    publish: PublishSection = PublishSection()
+    registry: RegistrySection = RegistrySection()
+    serve: ServeSection = ServeSection()
+
+    @model_validator(mode="after")
+    def _kinds_fit_family(self) -> "RunConfig":
+        data, model = FAMILIES[self.family]
+        if self.data.kind != data:
+            raise ConfigError(f"family {self.family} needs data.kind {data}, not {self.data.kind}")
+        if self.model.kind != model:
+            raise ConfigError(
+                f"family {self.family} needs model.kind {model}, not {self.model.kind}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "RunConfig":
+        train = self.train
+        if train.global_batch % train.workers:
+            below = train.global_batch // train.workers * train.workers
+            nearest = " or ".join(str(b) for b in (below, below + train.workers) if b)
+            raise ConfigError(
+                f"train.global_batch {train.global_batch} does not divide by train.workers "
+                f"{train.workers}: take {nearest}"
+            )
+        share = train.global_batch // train.workers
+        if train.micro_batch and share % train.micro_batch:
+            raise ConfigError(
+                f"a worker's share of the batch, {share} rows, does not divide by "
+                f"train.micro_batch {train.micro_batch}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "RunConfig":
+        if self.train.warmup_steps >= self.train.steps:
+            raise ConfigError(
+                f"train.warmup_steps {self.train.warmup_steps} must be below train.steps "
+                f"{self.train.steps}"
+            )
+        return self
+
+
+__all__ = [
+    "FAMILIES",
+    "OPERATIONAL",
+    "EvaluateSection",
+    "ImageData",
+    "LlamaModel",
+    "ResNetModel",
+    "RunConfig",
+    "ServeSection",
+    "TextData",
+    "TrainSection",
+]

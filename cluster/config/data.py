@@ -1,0 +1,63 @@
+"""`data`: where documents come from and how they become training rows."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cluster.config.base import OPERATIONAL, Fraction, Operational, Positive, Section
+
+Sources = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class DataSection(Section):
+    sources: Sources
+    """Files, folders or URIs; `builtin:NAME` for a corpus that every installation has."""
+    heldout_fraction: Annotated[Fraction, Field(gt=0, lt=1)] = 0.02
+    """Share of documents kept out of training, chosen by a hash of the content."""
+    partition_bytes: Positive = 8 * 2**20
+    """Raw bytes that one task reads and packs; output bytes depend on it, never on the workers."""
+    row_group_rows: Positive = 256
+    """Rows per Parquet row group: the unit that training permutes and fetches."""
+
+
+class TextData(DataSection):
+    """Documents of text, packed to rows of tokens."""
+
+    kind: Literal["text"] = "text"
+    min_characters: Annotated[int, Field(ge=0)] = 32
+    """Shorter documents are dropped."""
+    max_characters: Positive = 2_000_000
+    """Longer documents are dropped."""
+    vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 2048
+    """Entries of the byte-level BPE tokenizer: at least 256 bytes and one end-of-text token."""
+    tokenizer_bytes: Positive = 8 * 2**20
+    """Bytes of cleaned text that the tokenizer is trained on."""
+    sequence_length: Annotated[int, Field(ge=8, le=2**20)] = 256
+    """Predictions per row: a row stores this many tokens and one more."""
+
+
+class ImageData(DataSection):
+    """Labelled images, one to a row."""
+
+    kind: Literal["image"] = "image"
+    image_size: Annotated[int, Field(ge=4, le=4096)] = 32
+    """Side in pixels that the model sees; images are resized to it."""
+    channels: Literal[1, 3] = 1
+    """1 for grey, 3 for colour."""
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Augmentation: largest shift of a training image, as a share of its side."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 10.0
+    """Augmentation: largest rotation of a training image, in degrees."""
+
+
+Data = Annotated[TextData | ImageData, Field(discriminator="kind")]
+
+
+class PrepareSection(Section):
+    """`prepare`: how the work is spread; nothing here changes a byte of the corpus."""
+
+    tasks: Annotated[int, OPERATIONAL, Field(ge=0, le=10_000)] = 0
+    """Most partitions worked on at once; 0 lets Ray Data use what the cluster has."""
+
+
+__all__ = ["Data", "DataSection", "ImageData", "Operational", "PrepareSection", "TextData"]

@@ -1,0 +1,59 @@
+"""`model`: the architecture, always a stock Hugging Face config."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cluster.config.base import Positive, Section
+from cluster.errors import ConfigError
+
+
+class LlamaModel(Section):
+    """Decoder-only transformer (transformers `LlamaConfig`)."""
+
+    kind: Literal["llama"] = "llama"
+    hidden_size: Positive = 192
+    layers: Positive = 4
+    heads: Positive = 4
+    kv_heads: Positive = 4
+    """Fewer than `heads` shares each key and value head among several query heads."""
+    intermediate_size: Positive = 512
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    initializer_range: Annotated[float, Field(gt=0, le=1)] = 0.02
+    tie_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _divides(self) -> "LlamaModel":
+        if self.hidden_size % self.heads:
+            raise ConfigError(
+                f"model.hidden_size {self.hidden_size} does not divide by model.heads "
+                f"{self.heads}: take {self.hidden_size // self.heads * self.heads or self.heads}"
+            )
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"model.heads {self.heads} does not divide by model.kv_heads {self.kv_heads}"
+            )
+        return self
+
+
+class ResNetModel(Section):
+    """Convolutional network (transformers `ResNetConfig`)."""
+
+    kind: Literal["resnet"] = "resnet"
+    embedding_size: Positive = 32
+    hidden_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64)
+    depths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 1)
+    layer_type: Literal["basic", "bottleneck"] = "basic"
+    downsample_in_first_stage: bool = False
+
+    @model_validator(mode="after")
+    def _same_length(self) -> "ResNetModel":
+        if len(self.hidden_sizes) != len(self.depths):
+            raise ConfigError(
+                f"model.hidden_sizes has {len(self.hidden_sizes)} stages and model.depths "
+                f"{len(self.depths)}: give one depth per stage"
+            )
+        return self
+
+
+Model = Annotated[LlamaModel | ResNetModel, Field(discriminator="kind")]

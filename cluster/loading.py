@@ -1,0 +1,220 @@
+"""Defaults <- recipe file <- dotted overrides, checked once, before anything heavy is imported.
+
+Recipes are YAML with JSON's scalars (`true`, `1e-4` is a number, `yes` and `010` are text), without
+anchors, tags or duplicate keys: what a reader would guess is what is read.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cluster.config import FAMILIES, RunConfig
+from cluster.errors import ConfigError
+
+MAX_RECIPE_BYTES = 1 << 20
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML 1.2's core scalars, no aliases, no duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise ConfigError("YAML anchors and aliases are not supported: write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(self.construct_object(key_node))
+            if key in seen:
+                raise ConfigError(f"key {key!r} appears twice, line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep=True)
+
+
+_PlainLoader.yaml_implicit_resolvers = {}
+for _kind, _pattern, _first in [
+    ("tag:yaml.org,2002:bool", r"^(?:true|false)$", "tf"),
+    ("tag:yaml.org,2002:null", r"^(?:null|~|)$", ["n", "~", ""]),
+    ("tag:yaml.org,2002:int", r"^-?(?:0|[1-9][0-9]*)$", "-0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        r"^-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?$",
+        "-0123456789",
+    ),
+]:
+    _PlainLoader.add_implicit_resolver(_kind, re.compile(_pattern), list(_first))
+# PyYAML's own constructor wants a sign or a dot in an exponent; Python's float does not.
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(str(node.value)))
+
+
+def load(recipe: str, overrides: Sequence[str] = (), *, fresh: bool = False) -> RunConfig:
+    """Resolve a recipe.
+
+    Args:
+        recipe: name of a recipe that comes with Heliostat, or path of a YAML file.
+        overrides: `section.key=value`, applied last, left to right.
+
+    Raises:
+        ConfigError: with one line per mistake, each naming the key and the cure.
+    """
+    tree = read_recipe(recipe)
+    for override in overrides:
+        _apply(tree, override)
+    if fresh:
+        tree["fresh"] = True
+    return validate(tree)
+
+
+def validate(tree: dict[str, Any]) -> RunConfig:
+    _derive_kinds(tree)
+    try:
+        return RunConfig.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        problems = error.errors()
+        # A wrong family leaves the unions below it without a tag: that is no second mistake.
+        causes = [p for p in problems if p["type"] != "union_tag_not_found"] or problems
+        raise ConfigError("; ".join(dict.fromkeys(map(_explain, causes)))) from None
+
+
+def recipes() -> dict[str, str]:
+    """Names of the recipes that come with Heliostat, with their descriptions."""
+    folder = resources.files("cluster") / "recipes"
+    names = sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return {name: str(read_recipe(name).get("description", "")) for name in names}
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """The recipe's own tree, before defaults and overrides."""
+    if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+        return _parse_file(Path(recipe).expanduser())
+    path = resources.files("cluster") / "recipes" / f"{recipe}.yaml"
+    if not path.is_file():
+        known = [f.name[:-5] for f in (resources.files("cluster") / "recipes").iterdir()]
+        raise ConfigError(f"no recipe {recipe!r}{_nearest(recipe, known)}; see `heliostat recipes`")
+    return _parse(path.read_bytes(), recipe)
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML that loads again."""
+    tree = config.model_dump(mode="json", exclude={"fresh"})
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def dotted_keys(schema: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every key that an override may name, union variants included."""
+    for name, field in schema.model_fields.items():
+        models = section_classes(field.annotation)
+        if not models:
+            yield prefix + name
+        for model in models:
+            yield from dotted_keys(model, f"{prefix}{name}.")
+
+
+def _parse_file(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes: not a recipe")
+        return _parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from None
+
+
+def _parse(raw: bytes, label: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(raw.decode("utf-8"), Loader=_PlainLoader)  # noqa: S506 (a safe loader)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{label} is not UTF-8") from None
+    except ConfigError as error:
+        raise ConfigError(f"{label}: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{label} is not plain YAML: {problem}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{label} must be a mapping of sections, as `heliostat config` prints it")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.load(text, Loader=_PlainLoader)  # noqa: S506 (a safe loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of {key} is not YAML: {text!r}") from None
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: {part} is a value, not a section")
+        node = child
+    node[parts[-1]] = value
+
+
+def _derive_kinds(tree: dict[str, Any]) -> None:
+    """A family implies its data and model kinds; a recipe need not repeat them."""
+    kinds = FAMILIES.get(str(tree.get("family")))
+    if kinds is None:
+        return
+    for section, kind in zip(("data", "model"), kinds, strict=True):
+        node = tree.setdefault(section, {})
+        if isinstance(node, dict):
+            node.setdefault("kind", kind)
+
+
+def _explain(problem: Any) -> str:
+    key = _dotted(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = [*RunConfig.model_fields, *dotted_keys()]
+        if key in known:
+            return f"{key} belongs to another family than this recipe's"
+        return f"unknown key {key}{_nearest(key, known)}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    given = repr(problem["input"])
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {given[:80]}"
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """Pydantic's location without the union tags that it inserts after a discriminated field."""
+    parts: list[str] = []
+    models: list[type[BaseModel]] = [RunConfig]
+    for item in location:
+        fields = [m.model_fields[str(item)] for m in models if str(item) in m.model_fields]
+        if not fields and any(_tag(m) == item for m in models):
+            models = [m for m in models if _tag(m) == item]
+            continue
+        parts.append(str(item))
+        models = [m for f in fields for m in section_classes(f.annotation)]
+    return ".".join(parts)
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("kind")
+    return None if field is None else str(field.default)
+
+
+def section_classes(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes in an annotation, through unions and `Annotated`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in get_args(annotation) for m in section_classes(arg)]
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    leaf = word.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6) or [
+        k for k in known if difflib.SequenceMatcher(None, leaf, k.rsplit(".", 1)[-1]).ratio() > 0.8
+    ]
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,200 @@
+"""The only `ray.init`: joins a cluster, or starts a Ray of our own that ends with the stage."""
+
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from cluster.config import RunConfig
+from cluster.errors import CapacityError, HeliostatError, StorageRootError
+from cluster.storage import Store
+
+PACKAGES = ("cluster", "pipelines", "serving", "tune")
+OBJECT_STORE_BYTES = 1 << 30
+"""Object store of a Ray of our own. Blocks are a few MB, so a laptop keeps its memory."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A connected Ray."""
+
+    ours: bool
+    """True where this process started it: it ends with the session."""
+    dashboard: str
+    cpus: int
+    gpus: int
+    nodes: tuple[str, ...]
+
+
+def inside_job() -> bool:
+    """Whether this process is the driver of a submitted Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def open_store(config: RunConfig) -> Store:
+    """The store of a config, writable and, inside a job, not in the job's temporary folder.
+
+    Raises:
+        StorageRootError: with the cure.
+    """
+    root = config.storage.root
+    if "://" not in root and not Path(root).expanduser().is_absolute():
+        if inside_job():
+            raise StorageRootError(
+                f"storage.root {root} is relative, and a job's working directory is a temporary "
+                "copy that Ray deletes: give an absolute path that all nodes share, or a URI"
+            )
+        root = str(Path(root).absolute())
+    store = Store(root)
+    store.check_writable()
+    return store
+
+
+@contextmanager
+def session(config: RunConfig) -> Iterator[Session]:
+    """Join or start Ray; inside another session of this process, the same one again."""
+    import ray
+
+    if ray.is_initialized():
+        yield _describe(ours=False)
+        return
+    _check_one_parent()
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    # Ray Train polls its workers this often; its own default of 2 s would pace `report`.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Ray warns about a future default for accelerators that we set ourselves.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    if address:
+        _join(address, quiet)
+    else:
+        _ensure_token()
+        ray.init(
+            address="local",
+            num_cpus=config.ray.cpus or max(2, os.cpu_count() or 1),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            **quiet,
+        )
+    try:
+        joined = _describe(ours=not address)
+        if len(joined.nodes) > 1:
+            _check_shared(open_store(config), joined.nodes)
+        yield joined
+    finally:
+        ray.shutdown()
+
+
+def check_capacity(joined: Session, *, workers: int, cpus_per_worker: int) -> None:
+    """Refuse at once what would wait for ever.
+
+    Raises:
+        CapacityError: if the cluster cannot hold the training workers at the same time.
+    """
+    if joined.gpus:
+        if workers > joined.gpus:
+            raise CapacityError(
+                f"train.workers {workers} needs as many GPUs and the cluster has {joined.gpus}: "
+                f"take train.workers={joined.gpus} or fewer"
+            )
+        return
+    if workers * cpus_per_worker > joined.cpus:
+        raise CapacityError(
+            f"train.workers {workers} with train.threads_per_worker {cpus_per_worker} need "
+            f"{workers * cpus_per_worker} CPUs and the cluster has {joined.cpus}: "
+            f"take train.workers={max(1, joined.cpus // cpus_per_worker)} or fewer"
+        )
+
+
+def _join(address: str, options: dict[str, Any]) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise HeliostatError(
+            f"cannot join Ray at {address}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _describe(*, ours: bool) -> Session:
+    import ray
+
+    resources = ray.cluster_resources()
+    nodes = tuple(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    context = ray.get_runtime_context()
+    dashboard = ray._private.worker._global_node.webui_url if ours else ""
+    assert context is not None
+    return Session(
+        ours, dashboard or "", int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), nodes
+    )
+
+
+def _ensure_token() -> None:
+    """Token authentication on, with a token file that only its owner can read.
+
+    Ray would write the file itself, readable for everyone under the usual umask.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(
+        os.environ
+    ):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    if path.exists():
+        return
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(secrets.token_hex(32))
+
+
+def _check_one_parent() -> None:
+    parents = set()
+    for package in PACKAGES:
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise HeliostatError(f"package {package} is not installed: install Heliostat again")
+        parents.add(Path(spec.origin).parent.parent)
+    if len(parents) > 1:
+        folders = ", ".join(sorted(map(str, parents)))
+        raise HeliostatError(
+            f"the packages {', '.join(PACKAGES)} come from different folders ({folders}): "
+            "another distribution shadows one of ours; use a fresh environment"
+        )
+
+
+def _check_shared(store: Store, nodes: tuple[str, ...]) -> None:
+    """Write a file here and look for it from every node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    path = f"{store.base}/.shared-{secrets.token_hex(6)}"
+    with store.filesystem.open_output_stream(path) as stream:
+        stream.write(b"ok")
+
+    @ray.remote(num_cpus=0)
+    def sees(root: str, probe: str) -> bool:
+        return Store(root).read(probe) == b"ok"
+
+    try:
+        asked = {
+            node: sees.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            ).remote(store.uri, path)
+            for node in nodes
+        }
+        blind = [node[:8] for node, answer in asked.items() if not ray.get(answer)]
+    finally:
+        store.filesystem.delete_file(path)
+    if blind:
+        raise StorageRootError(
+            f"storage.root {store.uri} is not shared: {len(blind)} of {len(nodes)} nodes do not "
+            f"see it ({', '.join(blind)}): give a path that all nodes mount, or a URI"
+        )

@@ -1,0 +1,495 @@
+"""Artifacts: what one stage hands to the next. Every path is built here.
+
+    <root>/<kind>/<name>@<version>/        kind: corpus, checkpoint, evaluation, model
+        manifest.json    kind, config, parents, files with sha256, metrics, code version
+        COMMIT           sha256 of manifest.json, written last
+        ...              the files
+
+A directory without a valid COMMIT does not exist for any reader. Versions count committed
+artifacts; what an interrupted writer left at the next version is swept away by the next one. The
+root is any pyarrow filesystem: a local path, `s3://BUCKET/...`, `gs://BUCKET/...`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache, cached_property
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pyarrow import fs
+
+from cluster.errors import ArtifactError, StorageError, StorageRootError
+
+SCHEMA_VERSION = 1
+MANIFEST, COMMIT, LOCK = "manifest.json", "COMMIT", "WRITER"
+CHUNK = 1 << 22
+_DIRECTORY = re.compile(r"^(?P<name>[a-z0-9][a-z0-9._-]*)@(?P<version>[1-9][0-9]*)$")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an artifact: path inside it, content hash, size in bytes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    kind: str
+    name: str
+    version: int
+    created: str
+    code_version: str
+    fingerprint: str
+    config: Mapping[str, Any]
+    parents: tuple[str, ...]
+    files: tuple[FileEntry, ...]
+    metrics: Mapping[str, float]
+    detail: Mapping[str, Any]
+    complete: bool = True
+    """False for a resting point that the same stage continues from."""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """What came from outside of the store, such as the listing of the raw sources."""
+    schema_version: int = SCHEMA_VERSION
+
+    def encode(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode()
+
+    @staticmethod
+    def decode(raw: bytes) -> "Manifest":
+        tree = json.loads(raw)
+        if tree.get("schema_version", 0) > SCHEMA_VERSION:
+            raise ArtifactError(
+                f"artifact format {tree['schema_version']} is newer than this Heliostat reads "
+                f"({SCHEMA_VERSION}): update Heliostat"
+            )
+        files = tuple(FileEntry(**entry) for entry in tree.pop("files"))
+        for entry in files:
+            _inside(entry.path)
+        return Manifest(files=files, parents=tuple(tree.pop("parents")), **tree)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A storage root."""
+
+    root: str
+
+    @cached_property
+    def _opened(self) -> tuple[fs.FileSystem, str]:
+        try:
+            if "://" in self.root:
+                filesystem, base = fs.FileSystem.from_uri(self.root)
+                return filesystem, base.rstrip("/")
+            return fs.LocalFileSystem(), str(Path(self.root).expanduser().absolute())
+        except (OSError, ValueError) as error:
+            raise StorageRootError(f"storage.root {self.root} cannot be opened: {error}") from None
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return self._opened[0]
+
+    @property
+    def base(self) -> str:
+        """The root as a path of its filesystem."""
+        return self._opened[1]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    @property
+    def uri(self) -> str:
+        """The root in a form that opens the same on every node."""
+        return self.base if self.is_local else self.root.rstrip("/")
+
+    def check_writable(self) -> None:
+        """Write and remove a small file.
+
+        Raises:
+            StorageRootError: if the root cannot be made or written.
+        """
+        probe = f"{self.base}/.probe-{uuid.uuid4().hex[:12]}"
+        try:
+            self.filesystem.create_dir(self.base, recursive=True)
+            with self.filesystem.open_output_stream(probe) as stream:
+                stream.write(b"ok")
+            self.filesystem.delete_file(probe)
+        except OSError as error:
+            raise StorageRootError(
+                f"storage.root {self.root} cannot be written ({_reason(error)}): "
+                "give another with storage.root=PATH"
+            ) from None
+
+    def artifact(self, kind: str, name: str, version: int) -> "Artifact":
+        """A committed artifact.
+
+        Raises:
+            ArtifactError: if it was never committed or its manifest was damaged.
+        """
+        artifact = self._read(kind, name, version)
+        if artifact is None:
+            raise ArtifactError(f"{kind}/{name}@{version} does not exist in {self.uri}")
+        return artifact
+
+    def versions(self, kind: str, name: str) -> list["Artifact"]:
+        """Committed artifacts of a name, oldest first; damaged ones are not among them."""
+        found = [self._read(kind, name, version) for version in self._directories(kind, name)]
+        return [artifact for artifact in found if artifact is not None]
+
+    def latest(self, kind: str, name: str) -> "Artifact | None":
+        for version in reversed(self._directories(kind, name)):
+            artifact = self._read(kind, name, version)
+            if artifact is not None:
+                return artifact
+        return None
+
+    def all(self, kind: str) -> list["Artifact"]:
+        """Every committed artifact of a kind, by name and version."""
+        found = (
+            self._read(kind, match["name"], int(match["version"]))
+            for match in map(_DIRECTORY.match, self._listing(f"{self.base}/{kind}"))
+            if match
+        )
+        artifacts = [artifact for artifact in found if artifact is not None]
+        return sorted(artifacts, key=lambda a: (a.name, a.version))
+
+    def stage(self, kind: str, name: str) -> "Staging":
+        """Begin the next version of an artifact; nothing exists for a reader until `commit`.
+
+        Raises:
+            StorageError: if another live process is writing the same version.
+        """
+        versions = [artifact.version for artifact in self.versions(kind, name)]
+        staging = Staging(self, kind, name, max(versions, default=0) + 1)
+        staging.begin()
+        return staging
+
+    def delete(self, artifact: "Artifact") -> None:
+        """Remove an artifact: its COMMIT first, so that a half-removed one does not exist."""
+        self.filesystem.delete_file(f"{artifact.path}/{COMMIT}")
+        self.filesystem.delete_dir(artifact.path)
+
+    def _directories(self, kind: str, name: str) -> list[int]:
+        matches = map(_DIRECTORY.match, self._listing(f"{self.base}/{kind}"))
+        return sorted(int(m["version"]) for m in matches if m and m["name"] == name)
+
+    def _listing(self, path: str) -> list[str]:
+        selector = fs.FileSelector(path, allow_not_found=True)
+        return [PurePosixPath(info.path).name for info in self.filesystem.get_file_info(selector)]
+
+    def _read(self, kind: str, name: str, version: int) -> "Artifact | None":
+        path = f"{self.base}/{kind}/{name}@{version}"
+        commit = self.read(f"{path}/{COMMIT}")
+        raw = self.read(f"{path}/{MANIFEST}")
+        if commit is None or raw is None or commit.decode(errors="replace") != _sha256(raw):
+            return None
+        return Artifact(self, Manifest.decode(raw))
+
+    def read(self, path: str) -> bytes | None:
+        """Content of a file by its path in the filesystem; None where there is none."""
+        try:
+            with self.filesystem.open_input_stream(path) as stream:
+                content: bytes = stream.read()
+                return content
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {_reason(error)}") from None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed artifact."""
+
+    store: Store
+    manifest: Manifest
+
+    @property
+    def kind(self) -> str:
+        return self.manifest.kind
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def version(self) -> int:
+        return self.manifest.version
+
+    @property
+    def id(self) -> str:
+        """`kind/name@version`."""
+        return f"{self.kind}/{self.name}@{self.version}"
+
+    @property
+    def path(self) -> str:
+        """Its directory, as a path of the store's filesystem."""
+        return f"{self.store.base}/{self.id}"
+
+    @property
+    def uri(self) -> str:
+        return f"{self.store.uri}/{self.id}"
+
+    def file(self, path: str) -> str:
+        """Path in the store's filesystem of one of its files."""
+        return f"{self.path}/{_inside(path)}"
+
+    def read_bytes(self, path: str) -> bytes:
+        """Content of one file, verified against the manifest.
+
+        Raises:
+            ArtifactError: if the file is missing or differs from its hash.
+        """
+        entry = next((e for e in self.manifest.files if e.path == path), None)
+        if entry is None:
+            raise ArtifactError(f"{self.id} has no file {path}")
+        raw = self.store.read(self.file(path))
+        if raw is None or _sha256(raw) != entry.sha256:
+            raise ArtifactError(
+                f"{self.id}: {path} {'is missing' if raw is None else 'is damaged'}"
+            )
+        return raw
+
+    def read_json(self, path: str) -> Any:
+        return json.loads(self.read_bytes(path))
+
+    def verify(self) -> None:
+        """Hash every file.
+
+        Raises:
+            ArtifactError: naming the first file that is missing or damaged.
+        """
+        for entry in self.manifest.files:
+            try:
+                with self.store.filesystem.open_input_stream(self.file(entry.path)) as stream:
+                    digest, size = _digest(_chunks(stream))
+            except FileNotFoundError:
+                raise ArtifactError(f"{self.id}: {entry.path} is missing") from None
+            except OSError as error:
+                raise ArtifactError(f"{self.id}: {entry.path}: {_reason(error)}") from None
+            if (digest, size) != (entry.sha256, entry.bytes):
+                raise ArtifactError(f"{self.id}: {entry.path} is damaged")
+
+    @contextmanager
+    def local(self, prefix: str = "") -> Iterator[Path]:
+        """Verified files below `prefix` as a local folder: in place, or a copy of a remote one.
+
+        Raises:
+            ArtifactError: if a file is missing or damaged.
+        """
+        if self.store.is_local:
+            self._only(prefix).verify()
+            yield Path(self.path) / prefix
+            return
+        with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
+            for entry in self._only(prefix).manifest.files:
+                target = Path(folder) / entry.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(self.read_bytes(entry.path))
+            yield Path(folder) / prefix
+
+    def _only(self, prefix: str) -> "Artifact":
+        files = tuple(e for e in self.manifest.files if e.path.startswith(prefix))
+        return Artifact(self.store, dataclasses.replace(self.manifest, files=files))
+
+
+@dataclass(frozen=True)
+class Staging:
+    """A version that is being written. Plain data: workers on other nodes write to it too."""
+
+    store: Store
+    kind: str
+    name: str
+    version: int
+
+    @property
+    def path(self) -> str:
+        return f"{self.store.base}/{self.kind}/{self.name}@{self.version}"
+
+    def begin(self) -> None:
+        holder = self.store.read(f"{self.path}/{LOCK}")
+        if holder is not None and _alive(holder.decode(errors="replace")):
+            raise StorageError(
+                f"{self.kind}/{self.name}@{self.version} is being written by process "
+                f"{holder.decode(errors='replace')}: wait for it, or give this run another name"
+            )
+        with _storage_errors(f"begin {self.kind}/{self.name}@{self.version}"):
+            if self.store.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
+                self.store.filesystem.delete_dir(self.path)
+        self._write(LOCK, [f"{socket.gethostname()}:{os.getpid()}".encode()])
+
+    def write(self, path: str, content: bytes) -> FileEntry:
+        return self._write(_inside(path), [content])
+
+    def write_json(self, path: str, tree: Any) -> FileEntry:
+        return self.write(path, json.dumps(tree, indent=1, ensure_ascii=False).encode())
+
+    def copy(self, source: Path, path: str) -> FileEntry:
+        """Copy a local file in."""
+        with source.open("rb") as stream:
+            return self._write(_inside(path), _chunks(stream))
+
+    def copy_tree(self, folder: Path, prefix: str = "") -> list[FileEntry]:
+        """Copy a local folder in, in order of path."""
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        return [self.copy(p, f"{prefix}{p.relative_to(folder).as_posix()}") for p in files]
+
+    def commit(
+        self,
+        files: Iterable[FileEntry],
+        *,
+        fingerprint: str,
+        config: Mapping[str, Any],
+        parents: Iterable["Artifact"] = (),
+        metrics: Mapping[str, float] | None = None,
+        detail: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        complete: bool = True,
+    ) -> Artifact:
+        """Write the manifest, then COMMIT: from here on the artifact exists."""
+        manifest = Manifest(
+            kind=self.kind,
+            name=self.name,
+            version=self.version,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            code_version=code_version(),
+            fingerprint=fingerprint,
+            config=config,
+            parents=tuple(parent.id for parent in parents),
+            files=tuple(sorted(files, key=lambda entry: entry.path)),
+            metrics=dict(metrics or {}),
+            detail=dict(detail or {}),
+            inputs=dict(inputs or {}),
+            complete=complete,
+        )
+        raw = manifest.encode()
+        self._write(MANIFEST, [raw])
+        self._write(COMMIT, [_sha256(raw).encode()])
+        with _storage_errors(f"commit {self.kind}/{self.name}@{self.version}"):
+            self.store.filesystem.delete_file(f"{self.path}/{LOCK}")
+        return Artifact(self.store, manifest)
+
+    def abandon(self) -> None:
+        """Remove what was written; safe to call twice."""
+        if self.store.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
+            self.store.filesystem.delete_dir(self.path)
+
+    def _write(self, path: str, chunks: Iterable[bytes]) -> FileEntry:
+        target = f"{self.path}/{path}"
+        with _storage_errors(f"write {target}"):
+            if self.store.is_local:
+                digest, size = _write_durably(Path(target), chunks)
+            else:
+                with self.store.filesystem.open_output_stream(target) as stream:
+                    digest, size = _digest(_teed(chunks, stream))
+        return FileEntry(path, digest, size)
+
+
+def _write_durably(target: Path, chunks: Iterable[bytes]) -> tuple[str, int]:
+    """Temporary name, fsync, rename, fsync of the folder: whole or not there after a power cut."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as stream:
+            digest, size = _digest(_teed(chunks, stream))
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return digest, size
+
+
+def _chunks(stream: Any) -> Iterator[bytes]:
+    while chunk := stream.read(CHUNK):
+        yield chunk
+
+
+def _teed(chunks: Iterable[bytes], stream: Any) -> Iterator[bytes]:
+    for chunk in chunks:
+        stream.write(chunk)
+        yield chunk
+
+
+def _digest(chunks: Iterable[bytes]) -> tuple[str, int]:
+    digest, size = hashlib.sha256(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        size += len(chunk)
+    return digest.hexdigest(), size
+
+
+def _sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _inside(path: str) -> str:
+    """Refuse paths that would leave the artifact's directory."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or path in {"", MANIFEST, COMMIT, LOCK}:
+        raise ArtifactError(f"{path!r} is not a path inside an artifact")
+    return path
+
+
+def _alive(holder: str) -> bool:
+    """Whether a `host:pid` is a running process of this host; other hosts cannot be asked."""
+    host, _, pid = holder.rpartition(":")
+    if host != socket.gethostname() or not pid.isdigit() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def _storage_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot {doing}: {_reason(error)}") from None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error).splitlines()[0]
+
+
+@cache
+def code_version() -> str:
+    """Version of the installed distribution and, in a checkout, its commit."""
+    version = metadata.version("heliostat")
+    here = Path(__file__).parent
+    if shutil.which("git") is None:
+        return version
+    answer = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return f"{version}+{answer.stdout.strip()}" if answer.returncode == 0 else version

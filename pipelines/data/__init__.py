@@ -1,0 +1,1 @@
+"""The rooms behind `prepare`: sources, cleaning, duplicates, tokenizer, packing, the corpus."""

@@ -1,0 +1,121 @@
+"""A prepared corpus and how it is read.
+
+    encoder/                  tokenizer or preprocessor files, as a published model carries them
+    train/part-00000.parquet  rows of one partition, in row groups of `data.row_group_rows`
+    heldout/part-00000.parquet
+    documents/part-00000.parquet   lineage: document id, path, bytes, split; no content
+    report.json               counts: files, documents, bytes, drops by reason
+    quarantine.jsonl          what could not be read: file and reason, never content
+
+A *sample id* is the number of a row in its split, counting through the files in order. Row groups
+are the unit of fetching; `detail["splits"]` of the manifest says how many rows each one has.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.errors import ArtifactError
+from cluster.storage import Artifact
+
+Split = Literal["train", "heldout"]
+Columns = dict[str, np.ndarray]
+"""One row group: column -> array whose first axis is the row."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    artifact: Artifact
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the encoder found out: `vocab_size`, `labels`, ..."""
+        facts: dict[str, Any] = self.artifact.manifest.detail["facts"]
+        return facts
+
+    def bytes(self, split: Split) -> int:
+        """Size of the split's documents before encoding."""
+        return int(self.artifact.manifest.detail["splits"][split]["bytes"])
+
+    def row_groups(self, split: Split) -> "RowGroups":
+        return RowGroups(self.artifact, split)
+
+    def rows(self, split: Split) -> Iterator[dict[str, Any]]:
+        """Every row in order, as column -> value."""
+        groups = self.row_groups(split)
+        for number in range(len(groups)):
+            columns = groups.read(number)
+            for row in range(groups.sizes[number]):
+                yield {name: column[row] for name, column in columns.items()}
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """Random access by row group."""
+
+    artifact: Artifact
+    split: Split
+
+    @cached_property
+    def _places(self) -> list[tuple[str, int, int]]:
+        """(file, row group within it, rows), in order of sample id."""
+        files = self.artifact.manifest.detail["splits"][self.split]["files"]
+        return [
+            (file["path"], number, rows)
+            for file in files
+            for number, rows in enumerate(file["row_groups"])
+        ]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return [rows for _, _, rows in self._places]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First sample id of each row group, and the number of samples at the end."""
+        return [0, *itertools.accumulate(self.sizes)]
+
+    def read(self, number: int) -> Columns:
+        """
+        Raises:
+            ArtifactError: if the shard cannot be read or has other rows than the manifest says.
+        """
+        path, group, rows = self._places[number]
+        try:
+            with pq.ParquetFile(
+                self.artifact.file(path), filesystem=self.artifact.store.filesystem
+            ) as file:
+                table = file.read_row_group(group)
+        except (OSError, pa.ArrowException) as error:
+            raise ArtifactError(f"{self.artifact.id}: {path} cannot be read: {error}") from None
+        if table.num_rows != rows:
+            raise ArtifactError(
+                f"{self.artifact.id}: {path} has {table.num_rows} rows in group {group}, "
+                f"the manifest says {rows}"
+            )
+        return {name: as_numpy(table.column(name)) for name in table.column_names}
+
+
+def as_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """Fixed-size lists become [rows, size]; variable lists an object array of arrays."""
+    array = column.combine_chunks()
+    if pa.types.is_fixed_size_list(array.type):
+        flat = array.flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(len(array), array.type.list_size)
+    if pa.types.is_list(array.type):
+        values = array.flatten().to_numpy(zero_copy_only=False)
+        offsets = array.offsets.to_numpy()
+        pieces: Sequence[np.ndarray] = np.split(values, (offsets - offsets[0])[1:-1])
+        out = np.empty(len(array), dtype=object)
+        out[:] = pieces
+        return out
+    return array.to_numpy(zero_copy_only=False)

@@ -1,0 +1,1 @@
+"""The rooms behind `evaluate`: metrics and reports."""

@@ -1,0 +1,1 @@
+"""The rooms behind `pretrain`: sampler, schedule, ZeRO, the loop, checkpoints."""

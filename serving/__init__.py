@@ -1,0 +1,1 @@
+"""Top layer: a published model behind HTTP."""

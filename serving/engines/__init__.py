@@ -1,0 +1,1 @@
+"""Engines: a published model without HTTP around it."""

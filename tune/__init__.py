@@ -1,0 +1,1 @@
+"""Top layer: hyperparameter search over the training stages."""
