@@ -3,8 +3,8 @@
 No stage asks which family it serves; it calls these. A family's model knows nothing of Ray,
 DeepSpeed or ranks, and importing this module imports no torch.
 
-The way of the data: sources yield *documents* (Arrow tables, columns below), an `Encoder` turns them
-into *rows* of a fixed size, `example` turns a row into arrays, `collate` into a batch of tensors.
+The way of the data: sources yield *documents* (Arrow tables, columns below), an `Encoder` turns
+them into *rows* of a fixed size, `example` turns a row into arrays, `collate` into a batch.
 """
 
 from __future__ import annotations
