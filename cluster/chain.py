@@ -82,13 +82,7 @@ def decide(
         return Decision("run", "nothing made yet")
     if config.fresh:
         return Decision("run", "--fresh")
-    changes = difference(relevant(stage, newest.config), relevant(stage, resolved(config)))
-    if changes:
-        raise ConfigError(
-            f"{stage.makes}/{newest.name}@{newest.version} was made with another config "
-            f"({'; '.join(changes)}): give this one a name of its own (name={config.name}-2), or "
-            "replace the old one with --fresh"
-        )
+    _refuse_changes(stage, config, newest)
     if newest.fingerprint != fingerprint(stage, config, source, inputs):
         if source is not None and source.id not in newest.parents:
             return Decision("run", f"its input is new: {source.id}")
@@ -96,6 +90,16 @@ def decide(
     if not newest.complete:
         return Decision("resume", f"continue from {stage.makes}/{newest.name}@{newest.version}")
     return Decision("skip", f"{stage.makes}/{newest.name}@{newest.version} is up to date")
+
+
+def _refuse_changes(stage: Stage, config: RunConfig, newest: Manifest) -> None:
+    changes = difference(relevant(stage, newest.config), relevant(stage, resolved(config)))
+    if changes:
+        raise ConfigError(
+            f"{stage.makes}/{newest.name}@{newest.version} was made with another config "
+            f"({'; '.join(changes)}): give this one a name of its own (name={config.name}-2), or "
+            "replace the old one with --fresh"
+        )
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -110,11 +114,18 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def plan(stages: Sequence[Stage], config: RunConfig, store: Store) -> list[tuple[str, Decision]]:
-    """What `execute` would do. A stage after one that runs will see a new input."""
+    """What `execute` would do. A stage after one that runs will see a new input.
+
+    Raises:
+        UsageError: for what `execute` would refuse, now or after hours at a later stage.
+    """
     planned: list[tuple[str, Decision]] = []
     for stage in stages:
         before = dict(planned).get(_maker_of(stage.needs))
         if before is not None and before.action != "skip":
+            newest = store.latest(stage.makes, config.name) if stage.makes else None
+            if newest is not None and not config.fresh:
+                _refuse_changes(stage, config, newest.manifest)
             planned.append((stage.verb, Decision("run", f"after {_maker_of(stage.needs)}")))
         else:
             planned.append((stage.verb, _decide_now(stage, config, store)))
@@ -132,7 +143,7 @@ def execute(
         on_done: called after each stage, so that a long-lived last stage does not hide the others.
     """
     store = open_store(config)
-    _preflight(stages, config)
+    _preflight(stages, config, store)
     done: list[Done] = []
     with session(config) as joined:
         if joined.dashboard:
@@ -176,12 +187,13 @@ def outside_inputs(stage: Stage, config: RunConfig) -> Mapping[str, Any]:
     return reader(config) if reader else {}
 
 
-def _preflight(stages: Sequence[Stage], config: RunConfig) -> None:
+def _preflight(stages: Sequence[Stage], config: RunConfig, store: Store) -> None:
     """Refuse now what would fail only after minutes of work."""
     for stage in stages:
         check = getattr(_module_door(stage), "check", None)
         if check is not None:
             check(config)
+    plan(stages, config, store)
 
 
 def _module_door(stage: Stage) -> Any:
@@ -189,7 +201,7 @@ def _module_door(stage: Stage) -> Any:
 
 
 def _maker_of(kind: str | None) -> str:
-    return next((stage.verb for stage in STAGES if stage.makes == kind), "")
+    return next((stage.verb for stage in STAGES if kind and stage.makes == kind), "")
 
 
 def _shown(value: Any, absent: object) -> str:

@@ -6,6 +6,7 @@ anchors, tags or duplicate keys: what a reader would guess is what is read.
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -18,16 +19,31 @@ from pydantic import BaseModel, ValidationError
 from cluster.config import FAMILIES, RunConfig
 from cluster.errors import ConfigError
 
-MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_BYTES = 1 << 17
+MAX_DEPTH = 20
+"""Levels of nesting; a recipe has three."""
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML 1.2's core scalars, no aliases, no duplicate keys."""
+    """YAML 1.2's core scalars, no aliases, no tags, no duplicate keys."""
+
+    _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise ConfigError("YAML anchors and aliases are not supported: write the value out")
-        return super().compose_node(parent, index)
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.events.AliasEvent) or event.anchor is not None:
+            raise ConfigError(
+                f"YAML anchors and aliases are not supported: write the value out, line {line}"
+            )
+        if event.tag is not None:
+            raise ConfigError(f"YAML tags are not supported: remove {event.tag}, line {line}")
+        if self._depth == MAX_DEPTH:
+            raise ConfigError(f"more than {MAX_DEPTH} levels of nesting, line {line}")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -53,6 +69,15 @@ for _kind, _pattern, _first in [
     _PlainLoader.add_implicit_resolver(_kind, re.compile(_pattern), list(_first))
 # PyYAML's own constructor wants a sign or a dot in an exponent; Python's float does not.
 _PlainLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(str(node.value)))
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Quotes the text that either reading of YAML, ours or the usual one, takes for a number."""
+
+
+for _first_character, _resolvers in _PlainLoader.yaml_implicit_resolvers.items():
+    for _kind, _compiled in _resolvers:
+        _PlainDumper.add_implicit_resolver(_kind, _compiled, [_first_character])
 
 
 def load(recipe: str, overrides: Sequence[str] = (), *, fresh: bool = False) -> RunConfig:
@@ -94,7 +119,7 @@ def recipes() -> dict[str, str]:
 def read_recipe(recipe: str) -> dict[str, Any]:
     """The recipe's own tree, before defaults and overrides."""
     if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
-        return _parse_file(Path(recipe).expanduser())
+        return _parse_file(Path(os.path.expanduser(recipe)))
     path = resources.files("cluster") / "recipes" / f"{recipe}.yaml"
     if not path.is_file():
         known = [f.name[:-5] for f in (resources.files("cluster") / "recipes").iterdir()]
@@ -105,7 +130,8 @@ def read_recipe(recipe: str) -> dict[str, Any]:
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML that loads again."""
     tree = config.model_dump(mode="json", exclude={"fresh"})
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(tree, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def dotted_keys(schema: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -120,6 +146,9 @@ def dotted_keys(schema: type[BaseModel] = RunConfig, prefix: str = "") -> Iterat
 
 def _parse_file(path: Path) -> dict[str, Any]:
     try:
+        # A pipe or a device has no end that could be checked.
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is not a file: give a recipe's name or its YAML file")
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes: not a recipe")
         return _parse(path.read_bytes(), str(path))
@@ -129,17 +158,28 @@ def _parse_file(path: Path) -> dict[str, Any]:
 
 def _parse(raw: bytes, label: str) -> dict[str, Any]:
     try:
-        tree = yaml.load(raw.decode("utf-8"), Loader=_PlainLoader)  # noqa: S506 (a safe loader)
+        tree = _read_yaml(raw.decode("utf-8"))
     except UnicodeDecodeError:
-        raise ConfigError(f"{label} is not UTF-8") from None
+        raise ConfigError(f"{label} is not UTF-8: save it as UTF-8") from None
     except ConfigError as error:
         raise ConfigError(f"{label}: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        problem = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{label} is not plain YAML: {problem}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{label} must be a mapping of sections, as `heliostat config` prints it")
     return tree
+
+
+def _read_yaml(text: str) -> Any:
+    """
+    Raises:
+        ConfigError: saying where it stops being plain YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 (a safe loader)
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
+        # ValueError: Python refuses integers of thousands of digits.
+        raise ConfigError(f"not plain YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -148,9 +188,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not separator or not all(parts):
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
     try:
-        value = yaml.load(text, Loader=_PlainLoader)  # noqa: S506 (a safe loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"the value of {key} is not YAML: {text!r}") from None
+        value = _read_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"override {override[:80]!r}: {error}") from None
     node = tree
     for part in parts[:-1]:
         child = node.setdefault(part, {})
@@ -180,6 +220,8 @@ def _explain(problem: Any) -> str:
         return f"unknown key {key}{_nearest(key, known)}"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
+    if problem["type"] == "json_invalid":
+        return "the recipe holds half a surrogate pair (\\ud800 to \\udfff): write the character"
     if problem["type"] == "missing":
         return f"{key} is missing"
     given = repr(problem["input"])

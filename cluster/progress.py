@@ -29,7 +29,7 @@ def console() -> Any:
 
 def say(text: str) -> None:
     """One line for a person; never parsed as markup."""
-    console().print(text, markup=False)
+    console().print(text, markup=False, emoji=False)
 
 
 class Bar:
@@ -39,14 +39,16 @@ class Bar:
         self.label, self.total, self.unit = label, total, unit
         self._began = self._printed = time.monotonic()
         self._first: int | None = None
+        self._finished = False
 
     def update(self, done: int, note: str = "") -> None:
         """Set how much is done, in units, with a short note such as the current loss."""
         if self._first is None:
             self._first = done
         now = time.monotonic()
-        if now - self._printed >= PLAIN_EVERY_SECONDS or done >= self.total:
-            self._printed = now
+        finished = 0 < self.total <= done and not self._finished
+        if now - self._printed >= PLAIN_EVERY_SECONDS or finished:
+            self._printed, self._finished = now, finished or self._finished
             say(f"{self.label}: {self.describe(done, now)} {note}".rstrip())
 
     def describe(self, done: int, now: float) -> str:

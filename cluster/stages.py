@@ -101,13 +101,25 @@ def required(stage: str, store: Store, config: RunConfig) -> Artifact:
 
 
 def parent(artifact: Artifact, kind: str) -> Artifact:
-    """The ancestor of a kind that an artifact was made from, over any number of stages."""
-    for identity in artifact.manifest.parents:
-        found_kind, _, rest = identity.partition("/")
-        name, _, version = rest.partition("@")
-        ancestor = artifact.store.artifact(found_kind, name, int(version))
-        return ancestor if found_kind == kind else parent(ancestor, kind)
+    """The nearest ancestor of a kind that an artifact was made from.
+
+    Raises:
+        ArtifactError: if there is none, or one on the way to it is gone.
+    """
+    generation = [artifact]
+    while generation:
+        identities = [identity for member in generation for identity in member.manifest.parents]
+        for identity in identities:
+            if identity.startswith(f"{kind}/"):
+                return _of(artifact.store, identity)
+        generation = [_of(artifact.store, identity) for identity in identities]
     raise ArtifactError(f"{artifact.id} was not made from any {kind}")
+
+
+def _of(store: Store, identity: str) -> Artifact:
+    kind, _, rest = identity.partition("/")
+    name, _, version = rest.partition("@")
+    return store.artifact(kind, name, int(version))
 
 
 def relevant(stage: Stage, tree: Mapping[str, Any]) -> dict[str, Any]:

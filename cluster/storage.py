@@ -20,7 +20,7 @@ import socket
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,11 +31,11 @@ from typing import Any
 
 from pyarrow import fs
 
+from cluster.durable import Hashing, chunks_of, durable
 from cluster.errors import ArtifactError, StorageError, StorageRootError
 
 SCHEMA_VERSION = 1
 MANIFEST, COMMIT, LOCK = "manifest.json", "COMMIT", "WRITER"
-CHUNK = 1 << 22
 _DIRECTORY = re.compile(r"^(?P<name>[a-z0-9][a-z0-9._-]*)@(?P<version>[1-9][0-9]*)$")
 
 
@@ -96,9 +96,13 @@ class Store:
             if "://" in self.root:
                 filesystem, base = fs.FileSystem.from_uri(self.root)
                 return filesystem, base.rstrip("/")
-            return fs.LocalFileSystem(), str(Path(self.root).expanduser().absolute())
+            return fs.LocalFileSystem(), str(Path(os.path.expanduser(self.root)).absolute())
         except (OSError, ValueError) as error:
             raise StorageRootError(f"storage.root {self.root} cannot be opened: {error}") from None
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
+        """Another node opens the same root anew, from its own environment and credentials."""
+        return Store, (self.uri,)
 
     @property
     def filesystem(self) -> fs.FileSystem:
@@ -118,6 +122,11 @@ class Store:
         """The root in a form that opens the same on every node."""
         return self.base if self.is_local else self.root.rstrip("/")
 
+    def uri_of(self, path: str) -> str:
+        """URI of something below the root; a query in the root's own URI stays at the end."""
+        address, mark, query = self.uri.partition("?")
+        return f"{address.rstrip('/')}/{path}{mark}{query}"
+
     def check_writable(self) -> None:
         """Write and remove a small file.
 
@@ -130,7 +139,7 @@ class Store:
             with self.filesystem.open_output_stream(probe) as stream:
                 stream.write(b"ok")
             self.filesystem.delete_file(probe)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise StorageRootError(
                 f"storage.root {self.root} cannot be written ({_reason(error)}): "
                 "give another with storage.root=PATH"
@@ -182,8 +191,9 @@ class Store:
 
     def delete(self, artifact: "Artifact") -> None:
         """Remove an artifact: its COMMIT first, so that a half-removed one does not exist."""
-        self.filesystem.delete_file(f"{artifact.path}/{COMMIT}")
-        self.filesystem.delete_dir(artifact.path)
+        with _storage_errors(f"delete {artifact.id}"):
+            self.filesystem.delete_file(f"{artifact.path}/{COMMIT}")
+            self.filesystem.delete_dir(artifact.path)
 
     def _directories(self, kind: str, name: str) -> list[int]:
         matches = map(_DIRECTORY.match, self._listing(f"{self.base}/{kind}"))
@@ -191,7 +201,9 @@ class Store:
 
     def _listing(self, path: str) -> list[str]:
         selector = fs.FileSelector(path, allow_not_found=True)
-        return [PurePosixPath(info.path).name for info in self.filesystem.get_file_info(selector)]
+        with _storage_errors(f"list {path}"):
+            found = self.filesystem.get_file_info(selector)
+        return [PurePosixPath(info.path).name for info in found]
 
     def _read(self, kind: str, name: str, version: int) -> "Artifact | None":
         path = f"{self.base}/{kind}/{name}@{version}"
@@ -199,7 +211,14 @@ class Store:
         raw = self.read(f"{path}/{MANIFEST}")
         if commit is None or raw is None or commit.decode(errors="replace") != _sha256(raw):
             return None
-        return Artifact(self, Manifest.decode(raw))
+        manifest = Manifest.decode(raw)
+        artifact = Artifact(self, manifest)
+        if artifact.path != path:
+            raise ArtifactError(
+                f"{path} was copied or renamed by hand, it holds {artifact.id}: remove it, or give "
+                "it its own name back"
+            )
+        return artifact
 
     def read(self, path: str) -> bytes | None:
         """Content of a file by its path in the filesystem; None where there is none."""
@@ -244,7 +263,7 @@ class Artifact:
 
     @property
     def uri(self) -> str:
-        return f"{self.store.uri}/{self.id}"
+        return self.store.uri_of(self.id)
 
     def file(self, path: str) -> str:
         """Path in the store's filesystem of one of its files."""
@@ -276,15 +295,24 @@ class Artifact:
             ArtifactError: naming the first file that is missing or damaged.
         """
         for entry in self.manifest.files:
-            try:
-                with self.store.filesystem.open_input_stream(self.file(entry.path)) as stream:
-                    digest, size = _digest(_chunks(stream))
-            except FileNotFoundError:
-                raise ArtifactError(f"{self.id}: {entry.path} is missing") from None
-            except OSError as error:
-                raise ArtifactError(f"{self.id}: {entry.path}: {_reason(error)}") from None
-            if (digest, size) != (entry.sha256, entry.bytes):
-                raise ArtifactError(f"{self.id}: {entry.path} is damaged")
+            for _ in self._verified(entry):
+                pass
+
+    def _verified(self, entry: FileEntry) -> Iterator[bytes]:
+        """Content of a file in chunks; raises after the last one if it is not what was written."""
+        digest, size = hashlib.sha256(), 0
+        try:
+            with self.store.filesystem.open_input_stream(self.file(entry.path)) as stream:
+                for chunk in chunks_of(stream):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    yield chunk
+        except FileNotFoundError:
+            raise ArtifactError(f"{self.id}: {entry.path} is missing") from None
+        except OSError as error:
+            raise ArtifactError(f"{self.id}: {entry.path}: {_reason(error)}") from None
+        if (digest.hexdigest(), size) != (entry.sha256, entry.bytes):
+            raise ArtifactError(f"{self.id}: {entry.path} is damaged")
 
     @contextmanager
     def local(self, prefix: str = "") -> Iterator[Path]:
@@ -293,6 +321,8 @@ class Artifact:
         Raises:
             ArtifactError: if a file is missing or damaged.
         """
+        if prefix and not self._only(prefix).manifest.files:
+            raise ArtifactError(f"{self.id} has no files below {prefix}")
         if self.store.is_local:
             self._only(prefix).verify()
             yield Path(self.path) / prefix
@@ -301,7 +331,8 @@ class Artifact:
             for entry in self._only(prefix).manifest.files:
                 target = Path(folder) / entry.path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(self.read_bytes(entry.path))
+                with target.open("wb") as stream:
+                    stream.writelines(self._verified(entry))
             yield Path(folder) / prefix
 
     def _only(self, prefix: str) -> "Artifact":
@@ -323,6 +354,10 @@ class Staging:
         return f"{self.store.base}/{self.kind}/{self.name}@{self.version}"
 
     def begin(self) -> None:
+        if self.store._read(self.kind, self.name, self.version) is not None:
+            raise StorageError(
+                f"{self.kind}/{self.name}@{self.version} was just written by another run: run again"
+            )
         holder = self.store.read(f"{self.path}/{LOCK}")
         if holder is not None and _alive(holder.decode(errors="replace")):
             raise StorageError(
@@ -332,18 +367,24 @@ class Staging:
         with _storage_errors(f"begin {self.kind}/{self.name}@{self.version}"):
             if self.store.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
                 self.store.filesystem.delete_dir(self.path)
-        self._write(LOCK, [f"{socket.gethostname()}:{os.getpid()}".encode()])
+        holder_now = f"{socket.gethostname()}:{os.getpid()}".encode()
+        self._write(LOCK, lambda stream: stream.write(holder_now))
 
     def write(self, path: str, content: bytes) -> FileEntry:
-        return self._write(_inside(path), [content])
+        return self._write(_inside(path), lambda stream: stream.write(content))
 
     def write_json(self, path: str, tree: Any) -> FileEntry:
         return self.write(path, json.dumps(tree, indent=1, ensure_ascii=False).encode())
 
+    def write_with(self, path: str, produce: Callable[[Any], object]) -> FileEntry:
+        """Write whatever `produce` writes to the stream that it is given."""
+        return self._write(_inside(path), produce)
+
     def copy(self, source: Path, path: str) -> FileEntry:
         """Copy a local file in."""
         with source.open("rb") as stream:
-            return self._write(_inside(path), _chunks(stream))
+            chunks = chunks_of(stream)
+            return self._write(_inside(path), lambda out: out.writelines(chunks))
 
     def copy_tree(self, folder: Path, prefix: str = "") -> list[FileEntry]:
         """Copy a local folder in, in order of path."""
@@ -379,66 +420,30 @@ class Staging:
             complete=complete,
         )
         raw = manifest.encode()
-        self._write(MANIFEST, [raw])
-        self._write(COMMIT, [_sha256(raw).encode()])
+        self._write(MANIFEST, lambda stream: stream.write(raw))
+        self._write(COMMIT, lambda stream: stream.write(_sha256(raw).encode()))
         with _storage_errors(f"commit {self.kind}/{self.name}@{self.version}"):
             self.store.filesystem.delete_file(f"{self.path}/{LOCK}")
         return Artifact(self.store, manifest)
 
     def abandon(self) -> None:
         """Remove what was written; safe to call twice."""
-        if self.store.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
-            self.store.filesystem.delete_dir(self.path)
+        with _storage_errors(f"remove {self.path}"):
+            if self.store.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
+                self.store.filesystem.delete_dir(self.path)
 
-    def _write(self, path: str, chunks: Iterable[bytes]) -> FileEntry:
+    def _write(self, path: str, produce: Callable[[Any], object]) -> FileEntry:
         target = f"{self.path}/{path}"
         with _storage_errors(f"write {target}"):
-            if self.store.is_local:
-                digest, size = _write_durably(Path(target), chunks)
-            else:
-                with self.store.filesystem.open_output_stream(target) as stream:
-                    digest, size = _digest(_teed(chunks, stream))
-        return FileEntry(path, digest, size)
-
-
-def _write_durably(target: Path, chunks: Iterable[bytes]) -> tuple[str, int]:
-    """Temporary name, fsync, rename, fsync of the folder: whole or not there after a power cut."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as stream:
-            digest, size = _digest(_teed(chunks, stream))
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return digest, size
-
-
-def _chunks(stream: Any) -> Iterator[bytes]:
-    while chunk := stream.read(CHUNK):
-        yield chunk
-
-
-def _teed(chunks: Iterable[bytes], stream: Any) -> Iterator[bytes]:
-    for chunk in chunks:
-        stream.write(chunk)
-        yield chunk
-
-
-def _digest(chunks: Iterable[bytes]) -> tuple[str, int]:
-    digest, size = hashlib.sha256(), 0
-    for chunk in chunks:
-        digest.update(chunk)
-        size += len(chunk)
-    return digest.hexdigest(), size
+            opened = (
+                durable(Path(target))
+                if self.store.is_local
+                else self.store.filesystem.open_output_stream(target)
+            )
+            with opened as stream:
+                hashing = Hashing(stream)
+                produce(hashing)
+        return FileEntry(path, hashing.digest.hexdigest(), hashing.size)
 
 
 def _sha256(raw: bytes) -> str:
@@ -447,8 +452,8 @@ def _sha256(raw: bytes) -> str:
 
 def _inside(path: str) -> str:
     """Refuse paths that would leave the artifact's directory."""
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or path in {"", MANIFEST, COMMIT, LOCK}:
+    parts = path.split("/")
+    if {"", ".", ".."} & set(parts) or "\0" in path or parts[0] in {MANIFEST, COMMIT, LOCK}:
         raise ArtifactError(f"{path!r} is not a path inside an artifact")
     return path
 
@@ -475,8 +480,8 @@ def _storage_errors(doing: str) -> Iterator[None]:
         raise StorageError(f"cannot {doing}: {_reason(error)}") from None
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error).splitlines()[0]
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
 
 
 @cache

@@ -1,0 +1,60 @@
+"""Bytes on their way to storage: hashed as they pass, and on a local disk whole or not there."""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHUNK = 1 << 22
+"""Bytes held in memory at once while a file is copied or hashed."""
+
+
+class Hashing:
+    """A writable stream that hashes and counts what passes through it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.digest, self.size = hashlib.sha256(), 0
+
+    def write(self, chunk: Any) -> int:
+        self._stream.write(chunk)
+        self.digest.update(chunk)
+        size = memoryview(chunk).nbytes
+        self.size += size
+        return size
+
+    def writelines(self, chunks: Iterable[bytes]) -> None:
+        for chunk in chunks:
+            self.write(chunk)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+@contextmanager
+def durable(target: Path) -> Iterator[Any]:
+    """Temporary name, fsync, rename, fsync of the folder: whole or not there after a power cut."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def chunks_of(stream: Any) -> Iterator[bytes]:
+    while chunk := stream.read(CHUNK):
+        yield chunk
