@@ -33,9 +33,11 @@ class RunConfig(Section):
     name: Name
     """Name of the artifacts that the recipe makes."""
     description: Annotated[str, OPERATIONAL] = ""
+    """One line for `heliostat recipes`."""
     family: Literal["causal_lm", "image_classifier"]
     """What kind of model this is."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1337
+    """Starts every random choice: initial weights, order of the data, augmentation."""
     fresh: Annotated[bool, OPERATIONAL] = False
     """Make new versions even where finished ones exist (`--fresh`)."""
     storage: StorageSection = StorageSection()
@@ -75,6 +77,15 @@ class RunConfig(Section):
             raise ConfigError(
                 f"a worker's share of the batch, {share} rows, does not divide by "
                 f"train.micro_batch {train.micro_batch}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _master_copy(self) -> "RunConfig":
+        if self.train.precision == "bf16" and self.train.zero_stage == 0:
+            raise ConfigError(
+                "train.precision bf16 needs train.zero_stage 1 or more, which keeps the fp32 "
+                "master copy: take zero_stage 1, or precision autocast"
             )
         return self
 

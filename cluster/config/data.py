@@ -24,6 +24,7 @@ class TextData(DataSection):
     """Documents of text, packed to rows of tokens."""
 
     kind: Literal["text"] = "text"
+    """Follows from `family`; need not be given."""
     min_characters: Annotated[int, Field(ge=0)] = 32
     """Shorter documents are dropped."""
     max_characters: Positive = 2_000_000
@@ -40,6 +41,7 @@ class ImageData(DataSection):
     """Labelled images, one to a row."""
 
     kind: Literal["image"] = "image"
+    """Follows from `family`; need not be given."""
     image_size: Annotated[int, Field(ge=4, le=4096)] = 32
     """Side in pixels that the model sees; images are resized to it."""
     channels: Literal[1, 3] = 1

@@ -12,15 +12,23 @@ class LlamaModel(Section):
     """Decoder-only transformer (transformers `LlamaConfig`)."""
 
     kind: Literal["llama"] = "llama"
+    """Follows from `family`; need not be given."""
     hidden_size: Positive = 192
+    """Width of the residual stream; divides by `heads`."""
     layers: Positive = 4
+    """Transformer blocks."""
     heads: Positive = 4
+    """Query heads."""
     kv_heads: Positive = 4
     """Fewer than `heads` shares each key and value head among several query heads."""
     intermediate_size: Positive = 512
+    """Width inside the gated feed-forward layer."""
     rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the rotary position angles; larger suits longer sequences."""
     initializer_range: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """Standard deviation of the initial weights."""
     tie_embeddings: bool = True
+    """Use the token embedding as the output layer too."""
 
     @model_validator(mode="after")
     def _divides(self) -> "LlamaModel":
@@ -40,11 +48,17 @@ class ResNetModel(Section):
     """Convolutional network (transformers `ResNetConfig`)."""
 
     kind: Literal["resnet"] = "resnet"
+    """Follows from `family`; need not be given."""
     embedding_size: Positive = 32
+    """Channels after the first convolution."""
     hidden_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64)
+    """Channels of each stage."""
     depths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 1)
+    """Residual blocks of each stage."""
     layer_type: Literal["basic", "bottleneck"] = "basic"
+    """Two 3x3 convolutions to a block, or 1x1, 3x3, 1x1 with a narrow middle."""
     downsample_in_first_stage: bool = False
+    """Halve the image in the first stage already, as later stages always do."""
 
     @model_validator(mode="after")
     def _same_length(self) -> "ResNetModel":

@@ -23,10 +23,13 @@ class EvaluateSection(Section):
     max_rows: Positive = 20_000
     """Held-out rows that are measured, from the start of the split."""
     batch: Annotated[Positive, OPERATIONAL] = 16
+    """Rows measured at once."""
     prompt: str = "import os\n\n\ndef "
     """What the sampled continuations continue."""
     sample_tokens: Annotated[int, Field(ge=1, le=4096)] = 96
+    """Tokens of each sampled continuation."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.7
+    """Of the sampled continuations: near 0 takes the likeliest token, 1 the model's own odds."""
 
 
 class PublishSection(Section):
@@ -43,7 +46,9 @@ class RegistrySection(Section):
 
 class ServeSection(Section):
     host: Annotated[str, OPERATIONAL] = "127.0.0.1"
+    """Address that HTTP listens on; anything but loopback opens the model to the network."""
     port: Annotated[int, OPERATIONAL, Field(ge=1, le=65535)] = 8000
+    """Port that HTTP listens on."""
     wait: Annotated[bool, OPERATIONAL] = True
     """Stay until Ctrl-C; false returns after one request that the service asked itself."""
     replicas: Annotated[int, OPERATIONAL, Field(ge=1, le=10_000)] = 1

@@ -27,8 +27,11 @@ class TrainSection(Section):
     final_learning_rate: Fraction = 0.1
     """Share of the peak that remains at the last step."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW: decay per step of the mean gradient."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW: decay per step of the mean squared gradient."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW: added to the root of the mean squared gradient."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.1
     """Applied to matrices only; vectors (norms, biases) are exempt."""
     gradient_clip: Annotated[float, Field(ge=0)] = 1.0
@@ -37,7 +40,8 @@ class TrainSection(Section):
     """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
     precision: Literal["auto", "fp32", "autocast", "bf16"] = "auto"
     """`autocast`: fp32 weights, bf16 arithmetic. `bf16`: bf16 weights with an fp32 master copy.
-    `auto`: bf16 on GPUs, autocast on CPUs that compute bf16 in hardware, else fp32."""
+    `auto`: bf16 on GPUs, autocast on CPUs that compute bf16 in hardware, else fp32. ZeRO stage 0
+    keeps no fp32 master copy, so there `auto` is autocast and `bf16` is refused."""
     shuffle_window: Positive = 16
     """Row groups whose rows are shuffled together; a reader holds this many."""
     checkpoint_every: Annotated[Positive, OPERATIONAL] = 200
