@@ -39,17 +39,21 @@ class Bar:
         self.label, self.total, self.unit = label, total, unit
         self._began = self._printed = time.monotonic()
         self._first: int | None = None
+        """Units already done when work began, so that rates leave start-up and resumed work out."""
         self._finished = False
 
     def update(self, done: int, note: str = "") -> None:
         """Set how much is done, in units, with a short note such as the current loss."""
-        if self._first is None:
-            self._first = done
         now = time.monotonic()
+        self._note_first(done, now)
         finished = 0 < self.total <= done and not self._finished
         if now - self._printed >= PLAIN_EVERY_SECONDS or finished:
             self._printed, self._finished = now, finished or self._finished
             say(f"{self.label}: {self.describe(done, now)} {note}".rstrip())
+
+    def _note_first(self, done: int, now: float) -> None:
+        if self._first is None:
+            self._first, self._began = done, now
 
     def describe(self, done: int, now: float) -> str:
         elapsed = now - self._began
@@ -66,8 +70,7 @@ class _TerminalBar(Bar):
         self._task = progress.add_task(label, total=total or None, note="")
 
     def update(self, done: int, note: str = "") -> None:
-        if self._first is None:
-            self._first = done
+        self._note_first(done, time.monotonic())
         rate = self.describe(done, time.monotonic()).split(", ", 1)[1]
         self._progress.update(self._task, completed=done, note=f"{rate}  {note}")
 

@@ -137,14 +137,13 @@ def _describe(*, ours: bool) -> Session:
 
 
 def _ensure_token() -> None:
-    """Token authentication on, with a token file that only its owner can read.
+    """A token file that only its owner can read, for the authentication that `ray.init` turns on.
 
     Ray would write the file itself, readable for everyone under the usual umask.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if os.environ["RAY_AUTH_MODE"] != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(
-        os.environ
-    ):
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         return
     path = Path.home() / ".ray" / "auth_token"
     if path.exists():
