@@ -135,12 +135,12 @@ def plan(stages: Sequence[Stage], config: RunConfig, store: Store) -> list[tuple
 def execute(
     stages: Sequence[Stage],
     config: RunConfig,
-    on_done: Callable[[Done], None] | None = None,
+    on_end: Callable[[list[Done]], None] | None = None,
 ) -> list[Done]:
     """Run the stages in order, skipping what is up to date.
 
     Args:
-        on_done: called after each stage, so that a long-lived last stage does not hide the others.
+        on_end: called when all are done, before a service that one of them started is held open.
     """
     store = open_store(config)
     _preflight(stages, config, store)
@@ -148,28 +148,36 @@ def execute(
     with session(config) as joined:
         if joined.dashboard:
             progress.say(f"Ray dashboard: http://{joined.dashboard}")
+        holding: list[Callable[[], None]] = []
         for stage in stages:
-            row = _execute_one(stage, config, store)
+            row, stay = _execute_one(stage, config, store)
             done.append(row)
-            if on_done is not None:
-                on_done(row)
+            holding += [stay] if stay else []
+        if on_end is not None:
+            on_end(done)
+        for stay in holding:
+            stay()
     return done
 
 
-def _execute_one(stage: Stage, config: RunConfig, store: Store) -> Done:
+def _execute_one(
+    stage: Stage, config: RunConfig, store: Store
+) -> tuple[Done, Callable[[], None] | None]:
     decision = _decide_now(stage, config, store)
     if decision.action == "skip":
         progress.say(f"{stage.verb}: skipped, {decision.reason}")
         newest = store.latest(stage.makes or "", config.name)
         assert newest is not None
-        return Done(stage.verb, "skipped", 0.0, newest.id, decision.reason, newest.manifest.metrics)
+        metrics = newest.manifest.metrics
+        return Done(stage.verb, "skipped", 0.0, newest.id, decision.reason, metrics), None
     progress.say(f"{stage.verb}: {decision.reason}")
     began = time.monotonic()
     run: Callable[[RunConfig], StageResult] = importlib.import_module(stage.module).run
     result = run(config)
     seconds = time.monotonic() - began
     identity = result.artifact.id if result.artifact else None
-    return Done(stage.verb, "done", seconds, identity, result.headline, result.metrics, result.url)
+    row = Done(stage.verb, "done", seconds, identity, result.headline, result.metrics, result.url)
+    return row, result.stay
 
 
 def _decide_now(stage: Stage, config: RunConfig, store: Store) -> Decision:

@@ -98,13 +98,9 @@ def _run(
     if plan_only:
         _print_plan(chain, stages, resolved, as_json=as_json)
         return
-    rows: list[Any] = []
-
-    def on_done(row: Any) -> None:
-        rows.append(row)
-
-    chain.execute(stages, resolved, on_done)
-    _print_summary(rows, resolved.name, as_json=as_json)
+    chain.execute(
+        stages, resolved, lambda rows: _print_summary(rows, resolved.name, as_json=as_json)
+    )
 
 
 def _print_plan(chain: Any, stages: Any, resolved: Any, *, as_json: bool) -> None:

@@ -26,6 +26,7 @@ class Session:
     ours: bool
     """True where this process started it: it ends with the session."""
     dashboard: str
+    """host:port, empty where the cluster runs without one."""
     cpus: int
     gpus: int
     nodes: tuple[str, ...]
@@ -34,6 +35,11 @@ class Session:
 def inside_job() -> bool:
     """Whether this process is the driver of a submitted Ray job."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def joined_address(config: RunConfig) -> str | None:
+    """The cluster that a session would join; None where it starts a Ray of our own."""
+    return config.ray.address or os.environ.get("RAY_ADDRESS")
 
 
 def open_store(config: RunConfig) -> Store:
@@ -60,11 +66,11 @@ def session(config: RunConfig) -> Iterator[Session]:
     """Join or start Ray; inside another session of this process, the same one again."""
     import ray
 
+    address = joined_address(config)
     if ray.is_initialized():
-        yield _describe(ours=False)
+        yield _describe(ours=not address)
         return
     _check_one_parent()
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     # Ray Train polls its workers this often; its own default of 2 s would pace `report`.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -128,9 +134,7 @@ def _describe(*, ours: bool) -> Session:
 
     resources = ray.cluster_resources()
     nodes = tuple(node["NodeID"] for node in ray.nodes() if node["Alive"])
-    context = ray.get_runtime_context()
-    dashboard = ray._private.worker._global_node.webui_url if ours else ""
-    assert context is not None
+    dashboard = ray._private.worker._global_node.webui_url
     return Session(
         ours, dashboard or "", int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), nodes
     )

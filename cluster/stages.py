@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,8 @@ class StageResult:
     """The key figure, for a person."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     url: str | None = None
+    stay: Callable[[], None] | None = None
+    """Called inside the session when everything is done and shown: holds a service open."""
 
 
 def source_of(stage: Stage, store: Store, config: RunConfig) -> Artifact | None:
