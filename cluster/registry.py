@@ -3,7 +3,9 @@
 Only drivers talk to it. Without `registry.uri` it is an SQLite file under a local storage root.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +16,9 @@ from cluster.errors import ConfigError, HeliostatError
 from cluster.storage import Artifact, Store
 
 ARTIFACT_TAG = "heliostat.artifact"
+BATCH = {"metrics": 1000, "params": 100}
+"""Entries that an MLflow server takes in one request."""
+LONGEST_PARAM = 500
 
 
 def registry_uri(store: Store, config: RunConfig) -> str:
@@ -37,13 +42,17 @@ class Registry:
 
     @cached_property
     def _client(self) -> Any:
-        import logging
-
-        # Its schema migrations are logged line by line at the first use of a new database.
-        logging.getLogger("alembic").setLevel(logging.ERROR)
+        # MLflow counts its users over the network unless told not to, and logs the schema
+        # migrations of a new database line by line.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # Its own 7 retries with growing pauses keep a user waiting for minutes on a wrong address.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
         from mlflow import MlflowClient
 
-        return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        with _named_errors(self.uri):
+            return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
 
     def register(self, model: Artifact, alias: str) -> str:
         """Add a model artifact as the next version of its name and move the alias to it.
@@ -51,28 +60,31 @@ class Registry:
         Registering the same artifact again changes nothing but the alias.
 
         Returns:
-            The registry's version number.
+            The registry's version number; it may differ from the artifact's, the tag
+            `heliostat.artifact` is what names the artifact.
+
+        Raises:
+            HeliostatError: if the registry cannot be reached or refuses.
         """
         with _named_errors(self.uri):
             if not self._client.search_registered_models(f"name = '{model.name}'"):
                 self._client.create_registered_model(model.name)
-            version = self._version_of(model.id, model.name)
-            if version is None:
-                tags = {ARTIFACT_TAG: model.id}
-                version = str(
-                    self._client.create_model_version(model.name, model.uri, tags=tags).version
-                )
+            version = self._version_of(model) or self._add(model)
             self._client.set_registered_model_alias(model.name, alias, version)
         return version
 
     def resolve(self, name: str, alias: str) -> str | None:
-        """Artifact id (`model/name@version`) behind an alias; None where there is none."""
-        from mlflow.exceptions import MlflowException
+        """Artifact id (`model/name@version`) behind an alias; None where there is none.
 
-        try:
+        Raises:
+            HeliostatError: if the registry cannot be reached.
+        """
+        with _named_errors(self.uri):
+            if not self._client.search_registered_models(f"name = '{name}'"):
+                return None
+            if alias not in self._client.get_registered_model(name).aliases:
+                return None
             version = self._client.get_model_version_by_alias(name, alias)
-        except MlflowException:
-            return None
         return str(version.tags.get(ARTIFACT_TAG, "")) or None
 
     def log_run(
@@ -80,45 +92,70 @@ class Registry:
         name: str,
         run: str,
         params: Mapping[str, Any],
-        history: list[dict[str, float]],
+        history: Sequence[Mapping[str, float]],
         metrics: Mapping[str, float],
     ) -> None:
-        """Record a finished training run; logging the same run again replaces nothing twice.
+        """Record a finished training run; one that is already there is left as it is.
 
         Args:
+            name: experiment, made on first use.
             history: one row per logged step; `step` is its key.
+            metrics: figures of the whole run.
+
+        Raises:
+            HeliostatError: if the registry cannot be reached or refuses.
         """
+        with _named_errors(self.uri):
+            experiment = self._experiment(name)
+            logged = self._client.search_runs([experiment], f"tags.`mlflow.runName` = '{run}'")
+            if any(found.info.status == "FINISHED" for found in logged):
+                return
+            for partial in logged:  # its writer was killed
+                self._client.delete_run(partial.info.run_id)
+            created = self._client.create_run(experiment, run_name=run)
+            self._log(created.info.run_id, created.info.start_time, params, history, metrics)
+            self._client.set_terminated(created.info.run_id)
+
+    def _log(
+        self,
+        run: str,
+        time: int,
+        params: Mapping[str, Any],
+        history: Sequence[Mapping[str, float]],
+        metrics: Mapping[str, float],
+    ) -> None:
         from mlflow.entities import Metric, Param
 
-        with _named_errors(self.uri):
-            experiment = self._client.get_experiment_by_name(name)
-            number = (
-                experiment.experiment_id if experiment else self._client.create_experiment(name)
-            )
-            if self._client.search_runs([number], f"tags.`mlflow.runName` = '{run}'"):
-                return
-            created = self._client.create_run(number, run_name=run)
-            identity = created.info.run_id
-            time = created.info.start_time
-            points = [
-                Metric(key, float(value), time, int(row["step"]))
-                for row in history
-                for key, value in row.items()
-                if key != "step"
-            ]
-            points += [Metric(key, float(value), time, 0) for key, value in metrics.items()]
-            for start in range(0, len(points), 1000):
-                self._client.log_batch(identity, metrics=points[start : start + 1000])
-            short = [Param(key, str(value)[:500]) for key, value in params.items()]
-            for start in range(0, len(short), 100):
-                self._client.log_batch(identity, params=short[start : start + 100])
-            self._client.set_terminated(identity)
+        points = [
+            Metric(key, float(value), time, int(row["step"]))
+            for row in history
+            for key, value in row.items()
+            if key != "step"
+        ]
+        last = max((int(row["step"]) for row in history), default=0)
+        points += [Metric(key, float(value), time, last) for key, value in metrics.items()]
+        texts = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in params.items()]
+        for kind, entries in (("metrics", points), ("params", texts)):
+            for start in range(0, len(entries), BATCH[kind]):
+                self._client.log_batch(run, **{kind: entries[start : start + BATCH[kind]]})
 
-    def _version_of(self, artifact: str, name: str) -> str | None:
-        for version in self._client.search_model_versions(f"name = '{name}'"):
-            if version.tags.get(ARTIFACT_TAG) == artifact:
+    def _experiment(self, name: str) -> str:
+        experiment = self._client.get_experiment_by_name(name)
+        return str(experiment.experiment_id if experiment else self._client.create_experiment(name))
+
+    def _version_of(self, model: Artifact) -> str | None:
+        for version in self._client.search_model_versions(f"name = '{model.name}'"):
+            if version.tags.get(ARTIFACT_TAG) == model.id:
                 return str(version.version)
         return None
+
+    def _add(self, model: Artifact) -> str:
+        source = model.uri
+        if model.store.is_local and self.uri.startswith(("http://", "https://")):
+            # A server refuses plain paths: they would be read on its own disk.
+            source = f"heliostat://{model.uri}"
+        tags = {ARTIFACT_TAG: model.id}
+        return str(self._client.create_model_version(model.name, source, tags=tags).version)
 
 
 @contextmanager
@@ -128,4 +165,5 @@ def _named_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise HeliostatError(f"the registry at {uri} refused: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise HeliostatError(f"the registry at {uri} refused: {reason}") from error

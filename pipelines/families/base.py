@@ -115,7 +115,9 @@ class Family(Protocol):
         """A stock Hugging Face model, freshly initialised from torch's global generator."""
         ...
 
-    def example(self, config: RunConfig, row: Row, rng: np.random.Generator | None) -> Example:
+    def example(
+        self, config: RunConfig, facts: Facts, row: Row, rng: np.random.Generator | None
+    ) -> Example:
         """Arrays of one row. Pure; random choices come from `rng`, which is keyed by seed, epoch
         and sample id. None means evaluation: nothing random."""
         ...

@@ -61,7 +61,9 @@ class CausalLM:
         )
         return AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa")
 
-    def example(self, config: RunConfig, row: Row, rng: np.random.Generator | None) -> Example:
+    def example(
+        self, config: RunConfig, facts: Facts, row: Row, rng: np.random.Generator | None
+    ) -> Example:
         tokens, used = np.asarray(row["tokens"], dtype=np.int64), int(row["used"])
         labels = tokens[1:].copy()
         labels[used - 1 :] = IGNORED

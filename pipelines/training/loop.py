@@ -156,7 +156,8 @@ class BatchSource:
     def _example(self, position: int) -> Any:
         sample = self.order.at(position)
         rng = np.random.default_rng([self.config.seed, sample.epoch, sample.id])
-        return self.family.example(self.config, self._reader.row(sample.id), rng)
+        row = self._reader.row(sample.id)
+        return self.family.example(self.config, self.corpus.facts, row, rng)
 
     @property
     def _place(self) -> tuple[int, int]:

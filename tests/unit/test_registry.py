@@ -1,0 +1,118 @@
+"""The registry on a real SQLite database."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import loading
+from cluster.errors import ConfigError, HeliostatError
+from cluster.registry import ARTIFACT_TAG, Registry, registry_uri
+from cluster.storage import Artifact, Store
+
+
+def model(store: Store, name: str = "demo") -> Artifact:
+    staging = store.stage("model", name)
+    entry = staging.write("model.safetensors", b"weights %d" % staging.version)
+    return staging.commit([entry], fingerprint="f", config={})
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """One database for the module: making its tables takes seconds."""
+    return Registry(f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db")
+
+
+def test_the_alias_follows_the_newest_registration(database: Registry, tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    first, second = model(store), model(store)
+    assert database.register(first, "champion") == "1"
+    assert database.resolve("demo", "champion") == first.id == "model/demo@1"
+    assert database.register(second, "champion") == "2"
+    assert database.resolve("demo", "champion") == second.id
+    # The same artifact again: no new version, and the alias goes where it is asked to go.
+    assert database.register(first, "champion") == "1"
+    assert database.resolve("demo", "champion") == first.id
+    versions = database._client.search_model_versions("name = 'demo'")
+    assert sorted(v.tags[ARTIFACT_TAG] for v in versions) == [first.id, second.id]
+
+
+def test_aliases_are_independent(database: Registry, tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    first, second = model(store, "pair"), model(store, "pair")
+    database.register(first, "champion")
+    database.register(second, "challenger")
+    assert database.resolve("pair", "champion") == first.id
+    assert database.resolve("pair", "challenger") == second.id
+
+
+def test_the_registry_may_count_differently_than_the_store(
+    database: Registry, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path))
+    database.register(model(store, "drift"), "champion")
+    model(store, "drift")  # never registered
+    third = model(store, "drift")
+    assert database.register(third, "champion") == "2"
+    assert database.resolve("drift", "champion") == "model/drift@3"
+
+
+def test_what_is_not_there_resolves_to_nothing(database: Registry, tmp_path: Path) -> None:
+    database.register(model(Store(str(tmp_path)), "known"), "champion")
+    assert database.resolve("known", "challenger") is None
+    assert database.resolve("unknown", "champion") is None
+
+
+def test_a_run_is_logged_once_and_whole(database: Registry) -> None:
+    history = [{"step": s, "loss": 5.0 / s} for s in range(1, 1203)]
+
+    def log(loss: float) -> Any:
+        database.log_run("runs", "runs@1", {"seed": 7, "x": "y" * 900}, history, {"final": loss})
+        experiment = database._client.get_experiment_by_name("runs")
+        return database._client.search_runs([experiment.experiment_id])
+
+    (run,) = log(0.5)
+    points = database._client.get_metric_history(run.info.run_id, "loss")
+    assert sorted((p.step, p.value) for p in points) == [(r["step"], r["loss"]) for r in history]
+    assert run.data.params["seed"] == "7" and run.data.params["x"] == "y" * 500
+    (again,) = log(0.25)
+    assert again.info.run_id == run.info.run_id and again.data.metrics["final"] == 0.5
+
+
+def test_a_run_whose_writer_was_killed_is_written_again(database: Registry) -> None:
+    experiment = database._client.create_experiment("killed")
+    partial = database._client.create_run(experiment, run_name="killed@1")
+    database.log_run("killed", "killed@1", {}, [{"step": 1, "loss": 2.0}], {})
+    (run,) = database._client.search_runs([experiment])
+    assert run.info.run_id != partial.info.run_id and run.info.status == "FINISHED"
+    assert run.data.metrics == {"loss": 2.0}
+
+
+def test_a_new_database_is_made_in_silence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        Registry(f"sqlite:///{tmp_path}/mlflow.db").register(model(Store(str(tmp_path))), "a")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_errors_name_the_registry(tmp_path: Path) -> None:
+    registry = Registry(f"sqlite:///{tmp_path}/missing-folder/mlflow.db")
+    (tmp_path / "missing-folder").write_text("a file where a folder should be")
+    with pytest.raises(HeliostatError, match="the registry at sqlite"):
+        registry.register(model(Store(str(tmp_path / "store"))), "champion")
+
+
+def config(**registry: Any) -> Any:
+    tree = {**loading.read_recipe("gpt-demo"), "registry": registry}
+    return loading.validate(tree)
+
+
+def test_where_the_registry_lives(tmp_path: Path) -> None:
+    local = Store(str(tmp_path))
+    remote = Store("mock://bucket/root")
+    assert registry_uri(local, config()) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert registry_uri(remote, config(uri="http://host:5000")) == "http://host:5000"
+    with pytest.raises(ConfigError, match=r"registry\.uri must name an MLflow server"):
+        registry_uri(remote, config())
