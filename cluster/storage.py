@@ -78,10 +78,14 @@ class Manifest:
                 f"artifact format {tree['schema_version']} is newer than this Heliostat reads "
                 f"({SCHEMA_VERSION}): update Heliostat"
             )
-        files = tuple(FileEntry(**entry) for entry in tree.pop("files"))
+        try:
+            files = tuple(FileEntry(**entry) for entry in tree.pop("files"))
+            manifest = Manifest(files=files, parents=tuple(tree.pop("parents")), **tree)
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"not a manifest that Heliostat wrote: {error}") from None
         for entry in files:
             _inside(entry.path)
-        return Manifest(files=files, parents=tuple(tree.pop("parents")), **tree)
+        return manifest
 
 
 @dataclass(frozen=True)
