@@ -1,0 +1,469 @@
+"""STAGE prepare: raw files to a corpus of training rows.
+
+Ray Data streams the partitions of the sources twice: read, clean and index; then, knowing which
+documents stay and with an encoder learnt from a sample of them, encode and write shards. What
+comes out depends on the files and the recipe alone, never on how many tasks worked on it.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cluster import progress
+from cluster.config import RunConfig
+from cluster.errors import SourceError
+from cluster.session import open_store, session
+from cluster.stages import BY_VERB, StageResult, fingerprint, resolved
+from cluster.storage import Artifact, FileEntry, Staging, Store
+from pipelines import families
+from pipelines.data import documents, duplicates, images, sources, streaming
+from pipelines.data.corpus import Split
+from pipelines.data.sources import Listing, Reject, SourceFile
+from pipelines.families.base import Encoder
+
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+SCRATCH = "scratch"
+"""Folder of cleaned documents inside of the version that is being written; gone at the commit."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which documents go where."""
+
+    splits: Mapping[Split, pa.Table]
+    """Index of each split (columns `documents.INDEX`), sorted by document id."""
+    drops: Counter[str]
+    rejects: tuple[Reject, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of the training documents, sorted; empty for text."""
+        return _labels(self.splits["train"])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one partition and split became."""
+
+    split: Split
+    rows: int
+    row_groups: tuple[int, ...]
+    entry: FileEntry
+    counts: Mapping[str, int]
+    """What the encoder counted, such as `tokens` and `padding`."""
+
+
+def inputs(config: RunConfig) -> dict[str, Any]:
+    """The listing of the sources, which decides whether a corpus is still up to date."""
+    return sources.summary(config.data.sources, _listing(config))
+
+
+def check(config: RunConfig) -> None:
+    """
+    Raises:
+        SourceError: if a source is missing or has no file of the recipe's kind.
+    """
+    _listing(config)
+
+
+def run(config: RunConfig) -> StageResult:
+    found = _listing(config)
+    parts = sources.partition(found.files, config.data.partition_bytes)
+    store = open_store(config)
+    with (
+        session(config),
+        streaming.quiet(),
+        streaming.own_errors(),
+        progress.bar("prepare", 2 * len(parts), "partitions") as bar,
+        _staged(store, config.name) as staging,
+    ):
+        chosen = _read(config, staging, found, parts, bar)
+        encoder = _fit(config, staging, chosen)
+        shards, lineage = _encode(config, staging, chosen, encoder, bar)
+        staging.store.filesystem.delete_dir(f"{staging.path}/{SCRATCH}")
+        artifact = _commit(config, staging, found, chosen, encoder, shards, lineage)
+    return StageResult(artifact, _headline(artifact), artifact.manifest.metrics)
+
+
+def _listing(config: RunConfig) -> Listing:
+    return sources.listing(config.data.sources, config.data.kind)
+
+
+@contextmanager
+def _staged(store: Store, name: str) -> Iterator[Staging]:
+    """A version of the corpus that is gone unless it was committed."""
+    staging = store.stage("corpus", name)
+    try:
+        yield staging
+    except BaseException:
+        staging.abandon()
+        raise
+
+
+# ------------------------------------------------------------------ read, clean, choose
+
+
+def _read(
+    config: RunConfig,
+    staging: Staging,
+    found: Listing,
+    parts: Sequence[Sequence[SourceFile]],
+    bar: progress.Bar,
+) -> Chosen:
+    """First pass: cleaned documents to scratch files, and which of them stay.
+
+    Raises:
+        SourceError: if nothing usable remains, or a split would be empty.
+    """
+    work = [
+        pa.table({"partition": [number], "files": [json.dumps([asdict(f) for f in part])]})
+        for number, part in enumerate(parts)
+    ]
+    task = functools.partial(_read_partitions, config=config, staging=staging)
+    drops: Counter[str] = Counter()
+    rejects = list(found.rejects)
+    index = []
+    for done, answer in enumerate(
+        streaming.over_partitions(work, task, config.prepare.tasks), start=1
+    ):
+        index.append(streaming.unpacked(answer["index"]))
+        drops.update(json.loads(answer["drops"]))
+        rejects += [Reject(**reject) for reject in json.loads(answer["rejects"])]
+        bar.update(done, "read")
+    rejects.sort(key=lambda r: (r.file, r.row or 0))
+    return choose(config, pa.concat_tables(index), drops, tuple(rejects))
+
+
+def choose(
+    config: RunConfig, index: pa.Table, drops: Counter[str], rejects: tuple[Reject, ...]
+) -> Chosen:
+    """Duplicates out, then each document to its split. Pure.
+
+    Raises:
+        SourceError: if nothing usable remains, or a split would be empty.
+    """
+    if not index.num_rows:
+        raise SourceError(_nothing_usable(config, drops, rejects))
+    drops = Counter(drops)
+    unique = duplicates.unique(index)
+    drops["duplicate"] += index.num_rows - unique.num_rows
+    data = config.data
+    heldout = [
+        is_heldout(digest, config.seed, data.heldout_fraction)
+        for digest in unique.column("digest").to_pylist()
+    ]
+    train, tested = unique.filter(pc.invert(pa.array(heldout))), unique.filter(pa.array(heldout))
+    if labels := _labels(train):
+        known = tested.filter(pc.is_in(tested.column("label"), pa.array(labels)))
+        drops["label_not_in_training"] += tested.num_rows - known.num_rows
+        tested = known
+    if not train.num_rows or not tested.num_rows:
+        raise SourceError(_empty_split(data.heldout_fraction, unique.num_rows, tested.num_rows))
+    return Chosen({"train": train, "heldout": tested}, +drops, rejects)
+
+
+def is_heldout(digest: bytes, seed: int, fraction: float) -> bool:
+    """By content, so that a document stays on its side when others come and go."""
+    keyed = hashlib.blake2b(digest, digest_size=8, key=seed.to_bytes(8)).digest()
+    return int.from_bytes(keyed) < fraction * 2**64
+
+
+def _read_partitions(work: pa.Table, *, config: RunConfig, staging: Staging) -> pa.Table:
+    """Ray Data task."""
+    return pa.Table.from_pylist(
+        [
+            _read_partition(row["partition"], row["files"], config, staging)
+            for row in work.to_pylist()
+        ]
+    )
+
+
+def _read_partition(
+    partition: int, files: str, config: RunConfig, staging: Staging
+) -> dict[str, Any]:
+    listed = [SourceFile(**file) for file in json.loads(files)]
+    read = documents.read(listed, config.data, partition)
+    filesystem = staging.store.filesystem
+    filesystem.create_dir(f"{staging.path}/{SCRATCH}", recursive=True)
+    pq.write_table(read.table, _scratch(staging, partition), filesystem=filesystem)
+    return {
+        "partition": partition,
+        "index": streaming.packed(read.table.select(documents.INDEX)),
+        "drops": json.dumps(read.drops),
+        "rejects": json.dumps([asdict(reject) for reject in read.rejects]),
+    }
+
+
+def _scratch(staging: Staging, partition: int) -> str:
+    return f"{staging.path}/{SCRATCH}/part-{partition:05d}.parquet"
+
+
+def _labels(index: pa.Table) -> list[str]:
+    return sorted(label for label in index.column("label").unique().to_pylist() if label)
+
+
+def _nothing_usable(config: RunConfig, drops: Counter[str], rejects: Sequence[Reject]) -> str:
+    reasons = Counter(reject.reason for reject in rejects) + drops
+    counted = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(4)) or "no documents"
+    example = f", such as {rejects[0].file}" if rejects else ""
+    return (
+        f"data.sources hold no usable {config.data.kind} ({counted}{example}): "
+        "give others, or loosen the limits in data"
+    )
+
+
+def _empty_split(fraction: float, total: int, heldout: int) -> str:
+    empty = "training" if heldout else "held-out"
+    cure = "a smaller" if heldout else "a larger"
+    return (
+        f"data.heldout_fraction {fraction:g} of {total} different documents leaves no {empty} "
+        f"document: give more documents or {cure} data.heldout_fraction"
+    )
+
+
+# ------------------------------------------------------------------ fit
+
+
+def _fit(config: RunConfig, staging: Staging, chosen: Chosen) -> Encoder:
+    data = config.data
+    limit = data.tokenizer_bytes if data.kind == "text" else images.SAMPLE_BYTES
+    wanted = sample(chosen.splits["train"], limit)
+    work = [
+        pa.table({"partition": [partition], "documents": [ids]})
+        for partition, ids in _by_partition(wanted).items()
+    ]
+    task = functools.partial(_collect_partitions, staging=staging)
+    answers = streaming.over_partitions(work, task, config.prepare.tasks)
+    pieces = [streaming.unpacked(answer["documents"]) for answer in answers]
+    collected = pa.concat_tables(pieces).sort_by("digest")
+    return families.load(config.family).fit_encoder(config, collected, chosen.labels)
+
+
+def sample(index: pa.Table, limit: int) -> pa.Table:
+    """About `limit` bytes of documents, at least one, chosen by digest: any mix of sources."""
+    ordered = index.sort_by("digest")
+    before = np.cumsum(ordered.column("bytes").to_numpy()) - ordered.column("bytes").to_numpy()
+    return ordered.filter(pa.array(before < limit))
+
+
+def _collect_partitions(work: pa.Table, *, staging: Staging) -> pa.Table:
+    """Ray Data task."""
+    return pa.Table.from_pylist(
+        [
+            {
+                "partition": row["partition"],
+                "documents": streaming.packed(_load(staging, row["partition"], row["documents"])),
+            }
+            for row in work.to_pylist()
+        ]
+    )
+
+
+def _load(staging: Staging, partition: int, ids: Sequence[int]) -> pa.Table:
+    """Cleaned documents of a partition, in order of id."""
+    table = pq.read_table(_scratch(staging, partition), filesystem=staging.store.filesystem)
+    return table.filter(pc.is_in(table.column("document"), pa.array(ids, pa.int64())))
+
+
+def _by_partition(index: pa.Table) -> dict[int, np.ndarray]:
+    """Document ids by the partition that they lie in."""
+    ids = np.sort(index.column("document").to_numpy())
+    partitions, starts = np.unique(ids >> 32, return_index=True)
+    pieces = np.split(ids, starts[1:])
+    return dict(zip(partitions.tolist(), pieces, strict=True))
+
+
+# ------------------------------------------------------------------ encode
+
+
+def _encode(
+    config: RunConfig, staging: Staging, chosen: Chosen, encoder: Encoder, bar: progress.Bar
+) -> tuple[list[Shard], list[FileEntry]]:
+    """Second pass: shards of both splits, and the lineage files."""
+    members = {split: _by_partition(index) for split, index in chosen.splits.items()}
+    nobody = np.array([], dtype=np.int64)
+    work = [
+        pa.table(
+            {"partition": [partition]}
+            | {split: pa.array([members[split].get(partition, nobody)]) for split in SPLITS}
+        )
+        for partition in sorted(set(members["train"]) | set(members["heldout"]))
+    ]
+    task = functools.partial(
+        _encode_partitions,
+        staging=staging,
+        encoder=encoder,
+        row_group_rows=config.data.row_group_rows,
+    )
+    shards: list[Shard] = []
+    lineage: list[FileEntry] = []
+    done = bar.total - len(work)
+    for answer in streaming.over_partitions(work, task, config.prepare.tasks):
+        for shard in json.loads(answer["shards"]):
+            shards.append(Shard(**shard | {"entry": FileEntry(**shard["entry"])}))
+        lineage.append(FileEntry(**json.loads(answer["lineage"])))
+        done += 1
+        bar.update(done, "encode")
+    return sorted(shards, key=lambda s: s.entry.path), lineage
+
+
+def _encode_partitions(
+    work: pa.Table, *, staging: Staging, encoder: Encoder, row_group_rows: int
+) -> pa.Table:
+    """Ray Data task."""
+    # One core per task: threads of the tokenizer's own would only fight over it.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return pa.Table.from_pylist(
+        [
+            _encode_partition(row["partition"], row, staging, encoder, row_group_rows)
+            for row in work.to_pylist()
+        ]
+    )
+
+
+def _encode_partition(
+    partition: int,
+    members: Mapping[Split, Sequence[int]],
+    staging: Staging,
+    encoder: Encoder,
+    row_group_rows: int,
+) -> dict[str, Any]:
+    name = f"part-{partition:05d}.parquet"
+    shards: list[Shard] = []
+    lineage: list[pa.Table] = []
+    for split in SPLITS:
+        table = _load(staging, partition, members[split])
+        if not table.num_rows:
+            continue
+        rows = encoder.encode(table)
+        entry = _write_parquet(staging, rows, f"{split}/{name}", row_group_rows)
+        groups = [
+            min(row_group_rows, rows.num_rows - start)
+            for start in range(0, rows.num_rows, row_group_rows)
+        ]
+        counts = json.loads((rows.schema.metadata or {}).get(b"counts", b"{}"))
+        shards.append(Shard(split, rows.num_rows, tuple(groups), entry, counts))
+        origin = table.select(["document", "path", "row", "bytes"])
+        lineage.append(origin.append_column("split", pa.array([split] * table.num_rows)))
+    everything = pa.concat_tables(lineage).sort_by("document")
+    written = _write_parquet(staging, everything, f"documents/{name}", 1 << 16)
+    return {
+        "partition": partition,
+        "shards": json.dumps([asdict(shard) for shard in shards]),
+        "lineage": json.dumps(asdict(written)),
+    }
+
+
+def _write_parquet(staging: Staging, table: pa.Table, path: str, row_group_rows: int) -> FileEntry:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=row_group_rows, compression="zstd")
+    return staging.write(path, sink.getvalue())
+
+
+# ------------------------------------------------------------------ commit
+
+
+def _commit(
+    config: RunConfig,
+    staging: Staging,
+    found: Listing,
+    chosen: Chosen,
+    encoder: Encoder,
+    shards: Sequence[Shard],
+    lineage: Sequence[FileEntry],
+) -> Artifact:
+    facts = encoder.facts()
+    splits = {split: _split_detail(split, chosen, shards) for split in SPLITS}
+    counts = _counts(found, chosen, shards)
+    listed = sources.summary(config.data.sources, found)
+    report = {"counts": counts, "splits": splits, "facts": facts, "sources": listed}
+    quarantine = "".join(
+        json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in chosen.rejects
+    )
+    with TemporaryDirectory(prefix="heliostat-") as folder:
+        encoder.save(Path(folder))
+        files = staging.copy_tree(Path(folder), "encoder/")
+    files += [
+        *lineage,
+        *(shard.entry for shard in shards),
+        staging.write_json("report.json", report),
+        staging.write("quarantine.jsonl", quarantine.encode()),
+    ]
+    return staging.commit(
+        files,
+        fingerprint=fingerprint(BY_VERB["prepare"], config, None, listed),
+        config=resolved(config),
+        metrics=_metrics(splits, counts, facts),
+        detail={"facts": facts, "splits": splits, "counts": counts},
+        inputs=listed,
+    )
+
+
+def _split_detail(split: Split, chosen: Chosen, shards: Sequence[Shard]) -> dict[str, Any]:
+    own = [shard for shard in shards if shard.split == split]
+    index = chosen.splits[split]
+    return {
+        "rows": sum(shard.rows for shard in own),
+        "bytes": pc.sum(index.column("bytes")).as_py(),
+        "documents": index.num_rows,
+        "files": [{"path": s.entry.path, "row_groups": list(s.row_groups)} for s in own],
+        **_summed(shard.counts for shard in own),
+    }
+
+
+def _counts(found: Listing, chosen: Chosen, shards: Sequence[Shard]) -> dict[str, Any]:
+    return {
+        "files": len(found.files),
+        "file_bytes": sum(file.size for file in found.files),
+        "ignored": dict(sorted(found.ignored.items())),
+        "documents": sum(index.num_rows for index in chosen.splits.values()),
+        "bytes": sum(pc.sum(i.column("bytes")).as_py() for i in chosen.splits.values()),
+        "dropped": dict(sorted(chosen.drops.items())),
+        "quarantined": dict(sorted(Counter(r.reason for r in chosen.rejects).items())),
+        **_summed(shard.counts for shard in shards),
+    }
+
+
+def _summed(counts: Iterator[Mapping[str, int]]) -> dict[str, int]:
+    return dict(sum((Counter(count) for count in counts), Counter()))
+
+
+def _metrics(
+    splits: Mapping[Split, Mapping[str, Any]], counts: Mapping[str, Any], facts: Mapping[str, Any]
+) -> dict[str, float]:
+    metrics = {
+        "documents": counts["documents"],
+        "train_rows": splits["train"]["rows"],
+        "bytes": counts["bytes"],
+        "dropped": sum(counts["dropped"].values()),
+        "quarantined": sum(counts["quarantined"].values()),
+    }
+    if counts.get("tokens"):
+        metrics["bytes_per_token"] = counts["bytes"] / counts["tokens"]
+    return metrics
+
+
+def _headline(artifact: Artifact) -> str:
+    metrics = artifact.manifest.metrics
+    parts = [f"{metrics['documents']:,} documents", f"{metrics['bytes'] / 1e6:.1f} MB"]
+    if "bytes_per_token" in metrics:
+        parts.append(f"{metrics['bytes_per_token']:.1f} bytes per token")
+    if metrics["quarantined"]:
+        parts.append(f"{metrics['quarantined']:,} unreadable")
+    return ", ".join(parts)
+
+
+__all__ = ["check", "choose", "inputs", "is_heldout", "run", "sample"]
