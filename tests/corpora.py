@@ -1,0 +1,52 @@
+"""Tiny corpora, written straight into a store, for tests of the stages after `prepare`."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.config import RunConfig, TextData
+from cluster.stages import BY_VERB, fingerprint, resolved
+from cluster.storage import Artifact, FileEntry, Staging, Store
+
+VOCABULARY = 97
+
+
+def counting_corpus(config: RunConfig, rows: int = 200) -> Artifact:
+    """Rows of tokens that count upwards by one or two: soon learned, never boring."""
+    assert isinstance(config.data, TextData)
+    store = Store(config.storage.root)
+    store.check_writable()
+    staging = store.stage("corpus", config.name)
+    splits, files = {}, []
+    for split, count, seed in (("train", rows, 0), ("heldout", 20, 1)):
+        entry, groups = _shard(staging, f"{split}/part-00000.parquet", count, config, seed)
+        files.append(entry)
+        listed = [{"path": entry.path, "row_groups": groups}]
+        splits[split] = {"rows": count, "documents": count, "bytes": count * 100, "files": listed}
+    return staging.commit(
+        files,
+        fingerprint=fingerprint(BY_VERB["prepare"], config, None, {}),
+        config=resolved(config),
+        detail={"facts": {"vocab_size": VOCABULARY, "end_of_text": 0}, "splits": splits},
+    )
+
+
+def _shard(
+    staging: Staging, path: str, rows: int, config: RunConfig, seed: int
+) -> tuple[FileEntry, list[int]]:
+    assert isinstance(config.data, TextData)
+    width, group = config.data.sequence_length + 1, 16
+    steps = np.random.default_rng(seed).integers(1, 3, (rows, width))
+    tokens = (np.cumsum(steps, axis=1) % VOCABULARY).astype(np.uint16)
+    table = pa.table(
+        {
+            "tokens": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), width),
+            "used": pa.array(np.full(rows, width, np.int32)),
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=group)
+    sizes = [min(group, rows - start) for start in range(0, rows, group)]
+    return staging.write(path, buffer.getvalue()), sizes
