@@ -161,9 +161,10 @@ class Registry:
 @contextmanager
 def _named_errors(uri: str) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise HeliostatError(f"the registry at {uri} refused: {reason}") from error
+        raise HeliostatError(f"the registry at {uri} failed: {reason}") from error
