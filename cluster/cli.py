@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 fault, 2 a gate refused, 3 usage.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -136,7 +137,8 @@ def _print_summary(rows: list[Any], name: str, *, as_json: bool) -> None:
                 "status": r.status,
                 "seconds": round(r.seconds, 3),
                 "artifact": r.artifact,
-                "metrics": dict(r.metrics),
+                # NaN and infinity are not JSON.
+                "metrics": {k: v if math.isfinite(v) else None for k, v in r.metrics.items()},
             }
             for r in rows
         ],

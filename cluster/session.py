@@ -3,8 +3,8 @@
 import os
 import secrets
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ class Session:
     dashboard: str
     """host:port, empty where the cluster runs without one."""
     cpus: int
+    """What the cluster has, or what its autoscaler may grow it to if that is more."""
     gpus: int
     nodes: tuple[str, ...]
 
@@ -111,10 +112,15 @@ def check_capacity(joined: Session, *, workers: int, cpus_per_worker: int) -> No
             )
         return
     if workers * cpus_per_worker > joined.cpus:
+        most = joined.cpus // cpus_per_worker
+        cure = (
+            f"take train.workers={most} or fewer"
+            if most
+            else f"take train.threads_per_worker={max(1, joined.cpus)} or fewer"
+        )
         raise CapacityError(
             f"train.workers {workers} with train.threads_per_worker {cpus_per_worker} need "
-            f"{workers * cpus_per_worker} CPUs and the cluster has {joined.cpus}: "
-            f"take train.workers={max(1, joined.cpus // cpus_per_worker)} or fewer"
+            f"{workers * cpus_per_worker} CPUs and the cluster has {joined.cpus}: {cure}"
         )
 
 
@@ -132,12 +138,19 @@ def _join(address: str, options: dict[str, Any]) -> None:
 def _describe(*, ours: bool) -> Session:
     import ray
 
-    resources = ray.cluster_resources()
+    # None without an autoscaler.
+    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    resources = _reachable(ray.cluster_resources(), limits)
     nodes = tuple(node["NodeID"] for node in ray.nodes() if node["Alive"])
     dashboard = ray._private.worker._global_node.webui_url
     return Session(
         ours, dashboard or "", int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), nodes
     )
+
+
+def _reachable(now: Mapping[str, float], limits: Mapping[str, float]) -> dict[str, float]:
+    """The larger of what is there and what the autoscaler may add nodes for."""
+    return {kind: max(now.get(kind, 0), limits.get(kind, 0)) for kind in (*now, *limits)}
 
 
 def _ensure_token() -> None:
@@ -153,12 +166,16 @@ def _ensure_token() -> None:
     if path.exists():
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Written aside, then linked: whoever finds the file finds the whole token in it.
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(secrets.token_hex(32))
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(secrets.token_hex(32))
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    finally:
+        aside.unlink()
 
 
 def _check_one_parent() -> None:

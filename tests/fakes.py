@@ -46,6 +46,7 @@ class Stages:
     """Stages that commit a resting point and then fail, once."""
     stay: Callable[[], None] | None = None
     """What holds the service open."""
+    figure: float = 1.0
     refused: str | None = None
     """Why serve's check refuses; None where it does not."""
 
@@ -76,10 +77,10 @@ class Stages:
             parents=[source] if source else [],
             config=resolved(config),
             fingerprint=fingerprint(stage, config, source, inputs),
-            metrics={"figure": 1.0},
+            metrics={"figure": self.figure},
             complete=not resting,
         )
         if resting:
             self.interrupted.discard(stage.verb)
             raise TrainingError("lost its workers")
-        return StageResult(artifact, f"{stage.verb} went well", {"figure": 1.0})
+        return StageResult(artifact, f"{stage.verb} went well", {"figure": self.figure})
