@@ -189,6 +189,8 @@ def _join_world(config: RunConfig) -> World:
     import torch
 
     torch.set_num_threads(config.train.threads_per_worker)
+    # Adam's second moments shrink into denormal numbers, which CPUs compute many times slower.
+    torch.set_flush_denormal(True)
     context = ray.train.get_context()
     return World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
