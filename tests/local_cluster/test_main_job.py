@@ -1,0 +1,237 @@
+"""The whole way as users of a cluster go it: `ray start --head`, `ray job submit`, HTTP.
+
+One head node serves all tests of this module. The first job trains and serves a tiny model of a
+few folders of text; the tests then ask it, and submit again.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from cluster.storage import Artifact, Store
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGES = ("cluster", "pipelines", "serving", "tune", "pyproject.toml", ".rayignore")
+TOKEN = "b" * 64
+TINY = """
+name: tiny
+family: causal_lm
+data: {sources: [SOURCES], vocab_size: 400, sequence_length: 32, heldout_fraction: 0.1}
+model: {hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, intermediate_size: 64}
+train:
+  steps: 30
+  global_batch: 8
+  warmup_steps: 3
+  learning_rate: 0.01
+  checkpoint_every: 10
+evaluate: {sample_tokens: 8, prompt: "the sun"}
+"""
+SENTENCES = (
+    "the mirror follows the sun over the field",
+    "定日镜跟随太阳，把光投向塔顶",
+    "many mirrors throw their rays at one point",
+    "塔里的盐熔化，夜里也能发电",
+    "a cloud passes and the field waits",
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head node and what was asked of it."""
+
+    dashboard: str
+    environment: dict[str, str]
+    recipe: Path
+    root: Path
+    port: int
+
+    def submit(self, tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` of `up`, from a working tree; waits for the end."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
+        command += ["--address", self.dashboard, "--working-dir", str(tree), "--"]
+        command += ["python", "-m", "cluster.cli", "up", str(self.recipe), *arguments]
+        command += [f"storage.root={self.root}", f"serve.port={self.port}", "serve.wait=false"]
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=280, check=False
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def working_tree(target: Path) -> Path:
+    """What a user's checkout holds, so that a test may edit it."""
+    target.mkdir()
+    for name in PACKAGES:
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target / name)
+    return target
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    base = tmp_path_factory.mktemp("head")
+    sources = base / "sources"
+    sources.mkdir()
+    for number in range(60):
+        lines = [SENTENCES[(number + k) % len(SENTENCES)] for k in range(12)]
+        (sources / f"{number:03d}.txt").write_text(f"page {number}\n" + "\n".join(lines))
+    recipe = base / "tiny.yaml"
+    recipe.write_text(TINY.replace("SOURCES", str(sources)))
+
+    short = tempfile.mkdtemp(prefix="hh-", dir="/tmp")
+    dashboard = free_port()
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTEST"))
+    }
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    ports = {
+        "port": free_port(),
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": free_port(),
+        "dashboard-agent-grpc-port": free_port(),
+        "metrics-export-port": free_port(),
+        "ray-client-server-port": free_port(),
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += ["--num-cpus=4", f"--temp-dir={short}", "--dashboard-host=127.0.0.1"]
+    command += ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    with (base / "head.log").open("w") as log:
+        node = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{dashboard}"
+        wait_for(url, node, base / "head.log")
+        yield Head(url, environment, recipe, base / "root", free_port())
+    finally:
+        node.send_signal(signal.SIGTERM)
+        node.wait(timeout=60)
+        shutil.rmtree(short, ignore_errors=True)
+
+
+def wait_for(url: str, node: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    while time.monotonic() < deadline:
+        assert node.poll() is None, log.read_text()
+        try:
+            if httpx.get(f"{url}/api/jobs/", headers=headers, timeout=2).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.3)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture(scope="module")
+def served(head: Head) -> Artifact:
+    """The first job: everything runs, and the model stays served after the job's end."""
+    answer = head.submit(working_tree(head.recipe.parent / "first"))
+    assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-2000:]
+    model = Store(str(head.root)).latest("model", "tiny")
+    assert model is not None
+    return model
+
+
+def client(head: Head) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{head.port}/v1", api_key="none")
+
+
+def test_the_cluster_is_closed_without_the_token(head: Head) -> None:
+    assert httpx.get(f"{head.dashboard}/api/jobs/").status_code == 401
+
+
+def test_the_job_leaves_every_artifact_behind(head: Head, served: Artifact) -> None:
+    kinds = ("corpus", "checkpoint", "evaluation", "model")
+    found = {kind: Store(str(head.root)).latest(kind, "tiny") for kind in kinds}
+    assert all(found.values())
+    for artifact in found.values():
+        assert artifact is not None and artifact.manifest.complete
+        artifact.verify()
+    evaluation = found["evaluation"]
+    assert evaluation is not None
+    assert 0 < evaluation.manifest.metrics["bits_per_byte"] < 8
+
+
+def test_greedy_answers_equal_generate_on_the_published_folder(
+    head: Head, served: Artifact
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(served.path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(served.path)
+    for prompt in ("the mirror", "定日镜跟随", "page 7\n"):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        wanted = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        asked = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0}
+        answer = client(head).completions.create(**asked)  # type: ignore[call-overload]
+        assert answer.choices[0].text == tokenizer.decode(wanted, skip_special_tokens=True)
+        pieces = [
+            chunk.choices[0].text
+            for chunk in client(head).completions.create(stream=True, **asked)  # type: ignore[call-overload]
+            if chunk.choices
+        ]
+        assert "".join(pieces) == answer.choices[0].text
+
+
+def test_the_page_and_the_errors_are_served(head: Head, served: Artifact) -> None:
+    base = f"http://127.0.0.1:{head.port}"
+    assert httpx.get(f"{base}/health").status_code == 200
+    page = httpx.get(base)
+    assert page.status_code == 200 and "<html" in page.text.lower()
+    assert [model.id for model in client(head).models.list()] == ["tiny"]
+    with pytest.raises(openai.NotFoundError):
+        client(head).completions.create(model="nobody", prompt="x", max_tokens=1)
+    with pytest.raises(openai.BadRequestError):
+        client(head).completions.create(model="tiny", prompt="x", max_tokens=-1)
+
+
+def test_a_second_job_from_an_edited_tree_skips_every_stage(head: Head, served: Artifact) -> None:
+    tree = working_tree(head.recipe.parent / "second")
+    with (tree / "pipelines/pretrain.py").open("a") as module:
+        module.write("\n# An edit that changes the code, not the config.\n")
+    answer = head.submit(tree, "--json")
+    assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-2000:]
+    line = next(row for row in answer.stdout.splitlines() if row.startswith('{"status"'))
+    summary = json.loads(line)
+    status = {stage["stage"]: stage["status"] for stage in summary["stages"]}
+    assert status == {
+        "prepare": "skipped",
+        "pretrain": "skipped",
+        "evaluate": "skipped",
+        "publish": "skipped",
+        "serve": "done",
+    }
+    assert summary["model"] == f"tiny@{served.version}"
+    assert summary["url"] == f"http://127.0.0.1:{head.port}"
+
+
+def test_a_changed_config_is_refused_inside_a_job_too(head: Head, served: Artifact) -> None:
+    answer = head.submit(head.recipe.parent / "first", "train.learning_rate=0.02")
+    assert answer.returncode != 0
+    assert "train.learning_rate: 0.01 -> 0.02" in answer.stdout
+    assert Store(str(head.root)).latest("model", "tiny") == served
