@@ -65,13 +65,11 @@ def curves(history: Sequence[Mapping[str, float]], heldout: float | None = None)
 
 
 def smoothed(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Mean over the last `share` of the points, at least one; as long as the input."""
-    if not len(values):
-        return values
-    width = max(1, round(share * len(values)))
+    """Mean over the `share` of the points around each one, fewer at the ends."""
+    reach = round(share * len(values) / 2)
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
+    places = np.arange(len(values))
+    starts, ends = np.maximum(0, places - reach), np.minimum(len(values), places + reach + 1)
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 

@@ -225,10 +225,12 @@ def test_recall_per_class() -> None:
     assert found.recalls[:2].tolist() == [0.75, 1.0] and math.isnan(found.recalls[2])
 
 
-def test_the_running_mean_looks_back_only() -> None:
+def test_the_running_mean_stays_on_its_curve() -> None:
     values = np.array([4.0, 2.0, 0.0, 6.0])
-    assert plots.smoothed(values, share=0.5).tolist() == [4.0, 3.0, 1.0, 3.0]
+    assert plots.smoothed(values, share=0.5).tolist() == [3.0, 2.0, 8 / 3, 3.0]
     assert plots.smoothed(values[:1]).tolist() == [4.0]
+    line = np.arange(100.0)
+    assert np.allclose(plots.smoothed(line)[5:-5], line[5:-5])
 
 
 def test_labels_that_the_font_lacks_become_numbers() -> None:
