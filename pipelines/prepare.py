@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,12 +31,15 @@ from cluster.storage import Artifact, FileEntry, Staging, Store
 from pipelines import families
 from pipelines.data import documents, duplicates, images, sources, streaming
 from pipelines.data.corpus import Split
-from pipelines.data.sources import Listing, Reject, SourceFile
+from pipelines.data.documents import Leavings
+from pipelines.data.sources import Listing, SourceFile
 from pipelines.families.base import Encoder
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 SCRATCH = "scratch"
 """Folder of cleaned documents inside of the version that is being written; gone at the commit."""
+LINEAGE_ROWS = 1 << 16
+"""Rows per row group of a lineage file."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,7 @@ class Chosen:
 
     splits: Mapping[Split, pa.Table]
     """Index of each split (columns `documents.INDEX`), sorted by document id."""
-    drops: Counter[str]
-    rejects: tuple[Reject, ...]
+    leavings: Leavings
 
     @property
     def labels(self) -> list[str]:
@@ -59,8 +61,8 @@ class Shard:
     """What one partition and split became."""
 
     split: Split
-    rows: int
     row_groups: tuple[int, ...]
+    """Rows of each row group."""
     entry: FileEntry
     counts: Mapping[str, int]
     """What the encoder counted, such as `tokens` and `padding`."""
@@ -86,7 +88,6 @@ def run(config: RunConfig) -> StageResult:
     with (
         session(config),
         streaming.quiet(),
-        streaming.own_errors(),
         progress.bar("prepare", 2 * len(parts), "partitions") as bar,
         _staged(store, config.name) as staging,
     ):
@@ -128,51 +129,54 @@ def _read(
     Raises:
         SourceError: if nothing usable remains, or a split would be empty.
     """
-    work = [
-        pa.table({"partition": [number], "files": [json.dumps([asdict(f) for f in part])]})
-        for number, part in enumerate(parts)
-    ]
-    task = functools.partial(_read_partitions, config=config, staging=staging)
-    drops: Counter[str] = Counter()
-    rejects = list(found.rejects)
-    index = []
-    for done, answer in enumerate(
-        streaming.over_partitions(work, task, config.prepare.tasks), start=1
-    ):
-        index.append(streaming.unpacked(answer["index"]))
-        drops.update(json.loads(answer["drops"]))
-        rejects += [Reject(**reject) for reject in json.loads(answer["rejects"])]
+    task = functools.partial(_read_partition, config=config, staging=staging)
+    answers = streaming.over_partitions(list(enumerate(parts)), task, config.prepare.tasks)
+    index, leavings = [], [Leavings(found.rejects)]
+    for done, (part, left) in enumerate(answers, start=1):
+        index.append(part)
+        leavings.append(left)
         bar.update(done, "read")
-    rejects.sort(key=lambda r: (r.file, r.row or 0))
-    return choose(config, pa.concat_tables(index), drops, tuple(rejects))
+    return choose(config, pa.concat_tables(index), documents.together(leavings))
 
 
-def choose(
-    config: RunConfig, index: pa.Table, drops: Counter[str], rejects: tuple[Reject, ...]
-) -> Chosen:
+def _read_partition(
+    work: tuple[int, Sequence[SourceFile]], *, config: RunConfig, staging: Staging
+) -> tuple[pa.Table, Leavings]:
+    """In a worker: the index of a partition's cleaned documents, and what was left out."""
+    partition, files = work
+    read = documents.read(files, config.data, partition)
+    filesystem = staging.store.filesystem
+    filesystem.create_dir(f"{staging.path}/{SCRATCH}", recursive=True)
+    pq.write_table(read.table, _scratch(staging, partition), filesystem=filesystem)
+    return read.table.select(documents.INDEX), read.leavings
+
+
+def _scratch(staging: Staging, partition: int) -> str:
+    return f"{staging.path}/{SCRATCH}/part-{partition:05d}.parquet"
+
+
+def choose(config: RunConfig, index: pa.Table, leavings: Leavings) -> Chosen:
     """Duplicates out, then each document to its split. Pure.
 
     Raises:
         SourceError: if nothing usable remains, or a split would be empty.
     """
     if not index.num_rows:
-        raise SourceError(_nothing_usable(config, drops, rejects))
-    drops = Counter(drops)
+        raise SourceError(_nothing_usable(config, leavings))
+    fraction = config.data.heldout_fraction
     unique = duplicates.unique(index)
-    drops["duplicate"] += index.num_rows - unique.num_rows
-    data = config.data
-    heldout = [
-        is_heldout(digest, config.seed, data.heldout_fraction)
-        for digest in unique.column("digest").to_pylist()
-    ]
-    train, tested = unique.filter(pc.invert(pa.array(heldout))), unique.filter(pa.array(heldout))
+    drops = Counter(duplicate=index.num_rows - unique.num_rows)
+    digests = unique.column("digest").to_pylist()
+    held = pa.array([is_heldout(digest, config.seed, fraction) for digest in digests])
+    train, heldout = unique.filter(pc.invert(held)), unique.filter(held)
     if labels := _labels(train):
-        known = tested.filter(pc.is_in(tested.column("label"), pa.array(labels)))
-        drops["label_not_in_training"] += tested.num_rows - known.num_rows
-        tested = known
-    if not train.num_rows or not tested.num_rows:
-        raise SourceError(_empty_split(data.heldout_fraction, unique.num_rows, tested.num_rows))
-    return Chosen({"train": train, "heldout": tested}, +drops, rejects)
+        known = heldout.filter(pc.is_in(heldout.column("label"), pa.array(labels)))
+        drops["label_not_in_training"] = heldout.num_rows - known.num_rows
+        heldout = known
+    if not train.num_rows or not heldout.num_rows:
+        raise SourceError(_empty_split(fraction, unique.num_rows, heldout.num_rows))
+    together = documents.together([leavings, Leavings(drops=drops)])
+    return Chosen({"train": train, "heldout": heldout}, together)
 
 
 def is_heldout(digest: bytes, seed: int, fraction: float) -> bool:
@@ -181,44 +185,14 @@ def is_heldout(digest: bytes, seed: int, fraction: float) -> bool:
     return int.from_bytes(keyed) < fraction * 2**64
 
 
-def _read_partitions(work: pa.Table, *, config: RunConfig, staging: Staging) -> pa.Table:
-    """Ray Data task."""
-    return pa.Table.from_pylist(
-        [
-            _read_partition(row["partition"], row["files"], config, staging)
-            for row in work.to_pylist()
-        ]
-    )
-
-
-def _read_partition(
-    partition: int, files: str, config: RunConfig, staging: Staging
-) -> dict[str, Any]:
-    listed = [SourceFile(**file) for file in json.loads(files)]
-    read = documents.read(listed, config.data, partition)
-    filesystem = staging.store.filesystem
-    filesystem.create_dir(f"{staging.path}/{SCRATCH}", recursive=True)
-    pq.write_table(read.table, _scratch(staging, partition), filesystem=filesystem)
-    return {
-        "partition": partition,
-        "index": streaming.packed(read.table.select(documents.INDEX)),
-        "drops": json.dumps(read.drops),
-        "rejects": json.dumps([asdict(reject) for reject in read.rejects]),
-    }
-
-
-def _scratch(staging: Staging, partition: int) -> str:
-    return f"{staging.path}/{SCRATCH}/part-{partition:05d}.parquet"
-
-
 def _labels(index: pa.Table) -> list[str]:
     return sorted(label for label in index.column("label").unique().to_pylist() if label)
 
 
-def _nothing_usable(config: RunConfig, drops: Counter[str], rejects: Sequence[Reject]) -> str:
-    reasons = Counter(reject.reason for reject in rejects) + drops
+def _nothing_usable(config: RunConfig, leavings: Leavings) -> str:
+    reasons = leavings.reasons + leavings.drops
     counted = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(4)) or "no documents"
-    example = f", such as {rejects[0].file}" if rejects else ""
+    example = f", such as {leavings.rejects[0].file}" if leavings.rejects else ""
     return (
         f"data.sources hold no usable {config.data.kind} ({counted}{example}): "
         "give others, or loosen the limits in data"
@@ -240,14 +214,9 @@ def _empty_split(fraction: float, total: int, heldout: int) -> str:
 def _fit(config: RunConfig, staging: Staging, chosen: Chosen) -> Encoder:
     data = config.data
     limit = data.tokenizer_bytes if data.kind == "text" else images.SAMPLE_BYTES
-    wanted = sample(chosen.splits["train"], limit)
-    work = [
-        pa.table({"partition": [partition], "documents": [ids]})
-        for partition, ids in _by_partition(wanted).items()
-    ]
-    task = functools.partial(_collect_partitions, staging=staging)
-    answers = streaming.over_partitions(work, task, config.prepare.tasks)
-    pieces = [streaming.unpacked(answer["documents"]) for answer in answers]
+    wanted = list(_by_partition(sample(chosen.splits["train"], limit)).items())
+    task = functools.partial(_load, staging=staging)
+    pieces = list(streaming.over_partitions(wanted, task, config.prepare.tasks))
     collected = pa.concat_tables(pieces).sort_by("digest")
     return families.load(config.family).fit_encoder(config, collected, chosen.labels)
 
@@ -255,35 +224,22 @@ def _fit(config: RunConfig, staging: Staging, chosen: Chosen) -> Encoder:
 def sample(index: pa.Table, limit: int) -> pa.Table:
     """About `limit` bytes of documents, at least one, chosen by digest: any mix of sources."""
     ordered = index.sort_by("digest")
-    before = np.cumsum(ordered.column("bytes").to_numpy()) - ordered.column("bytes").to_numpy()
-    return ordered.filter(pa.array(before < limit))
+    sizes = ordered.column("bytes").to_numpy()
+    return ordered.filter(pa.array(np.cumsum(sizes) - sizes < limit))
 
 
-def _collect_partitions(work: pa.Table, *, staging: Staging) -> pa.Table:
-    """Ray Data task."""
-    return pa.Table.from_pylist(
-        [
-            {
-                "partition": row["partition"],
-                "documents": streaming.packed(_load(staging, row["partition"], row["documents"])),
-            }
-            for row in work.to_pylist()
-        ]
-    )
-
-
-def _load(staging: Staging, partition: int, ids: Sequence[int]) -> pa.Table:
-    """Cleaned documents of a partition, in order of id."""
+def _load(work: tuple[int, np.ndarray], *, staging: Staging) -> pa.Table:
+    """In a worker: some cleaned documents of a partition, in order of id."""
+    partition, ids = work
     table = pq.read_table(_scratch(staging, partition), filesystem=staging.store.filesystem)
-    return table.filter(pc.is_in(table.column("document"), pa.array(ids, pa.int64())))
+    return table.filter(pc.is_in(table.column("document"), pa.array(ids)))
 
 
 def _by_partition(index: pa.Table) -> dict[int, np.ndarray]:
     """Document ids by the partition that they lie in."""
     ids = np.sort(index.column("document").to_numpy())
     partitions, starts = np.unique(ids >> 32, return_index=True)
-    pieces = np.split(ids, starts[1:])
-    return dict(zip(partitions.tolist(), pieces, strict=True))
+    return dict(zip(partitions.tolist(), np.split(ids, starts[1:]), strict=True))
 
 
 # ------------------------------------------------------------------ encode
@@ -296,81 +252,68 @@ def _encode(
     members = {split: _by_partition(index) for split, index in chosen.splits.items()}
     nobody = np.array([], dtype=np.int64)
     work = [
-        pa.table(
-            {"partition": [partition]}
-            | {split: pa.array([members[split].get(partition, nobody)]) for split in SPLITS}
-        )
+        (partition, {split: members[split].get(partition, nobody) for split in SPLITS})
         for partition in sorted(set(members["train"]) | set(members["heldout"]))
     ]
     task = functools.partial(
-        _encode_partitions,
+        _encode_partition,
         staging=staging,
         encoder=encoder,
         row_group_rows=config.data.row_group_rows,
     )
     shards: list[Shard] = []
     lineage: list[FileEntry] = []
-    done = bar.total - len(work)
-    for answer in streaming.over_partitions(work, task, config.prepare.tasks):
-        for shard in json.loads(answer["shards"]):
-            shards.append(Shard(**shard | {"entry": FileEntry(**shard["entry"])}))
-        lineage.append(FileEntry(**json.loads(answer["lineage"])))
-        done += 1
-        bar.update(done, "encode")
-    return sorted(shards, key=lambda s: s.entry.path), lineage
-
-
-def _encode_partitions(
-    work: pa.Table, *, staging: Staging, encoder: Encoder, row_group_rows: int
-) -> pa.Table:
-    """Ray Data task."""
-    # One core per task: threads of the tokenizer's own would only fight over it.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return pa.Table.from_pylist(
-        [
-            _encode_partition(row["partition"], row, staging, encoder, row_group_rows)
-            for row in work.to_pylist()
-        ]
-    )
+    before = bar.total - len(work)
+    for written, origin in streaming.over_partitions(work, task, config.prepare.tasks):
+        shards += written
+        lineage.append(origin)
+        bar.update(before + len(lineage), "encode")
+    return sorted(shards, key=lambda shard: shard.entry.path), lineage
 
 
 def _encode_partition(
-    partition: int,
-    members: Mapping[Split, Sequence[int]],
+    work: tuple[int, Mapping[Split, np.ndarray]],
+    *,
     staging: Staging,
     encoder: Encoder,
     row_group_rows: int,
-) -> dict[str, Any]:
+) -> tuple[list[Shard], FileEntry]:
+    """In a worker: the shards of one partition, and its lineage file."""
+    # One core per task: threads of the tokenizer's own would only fight over it.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    partition, members = work
     name = f"part-{partition:05d}.parquet"
     shards: list[Shard] = []
     lineage: list[pa.Table] = []
     for split in SPLITS:
-        table = _load(staging, partition, members[split])
+        table = _load((partition, members[split]), staging=staging)
         if not table.num_rows:
             continue
         rows = encoder.encode(table)
         entry = _write_parquet(staging, rows, f"{split}/{name}", row_group_rows)
-        groups = [
-            min(row_group_rows, rows.num_rows - start)
-            for start in range(0, rows.num_rows, row_group_rows)
-        ]
-        counts = json.loads((rows.schema.metadata or {}).get(b"counts", b"{}"))
-        shards.append(Shard(split, rows.num_rows, tuple(groups), entry, counts))
+        groups = _row_groups(rows.num_rows, row_group_rows)
+        shards.append(Shard(split, groups, entry, _counted(rows)))
         origin = table.select(["document", "path", "row", "bytes"])
         lineage.append(origin.append_column("split", pa.array([split] * table.num_rows)))
     everything = pa.concat_tables(lineage).sort_by("document")
-    written = _write_parquet(staging, everything, f"documents/{name}", 1 << 16)
-    return {
-        "partition": partition,
-        "shards": json.dumps([asdict(shard) for shard in shards]),
-        "lineage": json.dumps(asdict(written)),
-    }
+    return shards, _write_parquet(staging, everything, f"documents/{name}", LINEAGE_ROWS)
+
+
+def _row_groups(rows: int, size: int) -> tuple[int, ...]:
+    return tuple(min(size, rows - start) for start in range(0, rows, size))
+
+
+def _counted(rows: pa.Table) -> dict[str, int]:
+    counts: dict[str, int] = json.loads((rows.schema.metadata or {}).get(b"counts", b"{}"))
+    return counts
 
 
 def _write_parquet(staging: Staging, table: pa.Table, path: str, row_group_rows: int) -> FileEntry:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=row_group_rows, compression="zstd")
-    return staging.write(path, sink.getvalue())
+    # Dictionaries spread a page's values over two places: zstd alone packs tokens a fifth smaller.
+    options = {"compression": "zstd", "use_dictionary": False}
+    pq.write_table(table, sink, row_group_size=row_group_rows, **options)
+    return staging.write(path, sink.getvalue().to_pybytes())
 
 
 # ------------------------------------------------------------------ commit
@@ -390,9 +333,6 @@ def _commit(
     counts = _counts(found, chosen, shards)
     listed = sources.summary(config.data.sources, found)
     report = {"counts": counts, "splits": splits, "facts": facts, "sources": listed}
-    quarantine = "".join(
-        json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in chosen.rejects
-    )
     with TemporaryDirectory(prefix="heliostat-") as folder:
         encoder.save(Path(folder))
         files = staging.copy_tree(Path(folder), "encoder/")
@@ -400,23 +340,28 @@ def _commit(
         *lineage,
         *(shard.entry for shard in shards),
         staging.write_json("report.json", report),
-        staging.write("quarantine.jsonl", quarantine.encode()),
+        staging.write("quarantine.jsonl", _quarantine(chosen.leavings)),
     ]
     return staging.commit(
         files,
         fingerprint=fingerprint(BY_VERB["prepare"], config, None, listed),
         config=resolved(config),
-        metrics=_metrics(splits, counts, facts),
+        metrics=_metrics(splits, counts),
         detail={"facts": facts, "splits": splits, "counts": counts},
         inputs=listed,
     )
+
+
+def _quarantine(leavings: Leavings) -> bytes:
+    lines = (json.dumps(asdict(reject), ensure_ascii=False) for reject in leavings.rejects)
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def _split_detail(split: Split, chosen: Chosen, shards: Sequence[Shard]) -> dict[str, Any]:
     own = [shard for shard in shards if shard.split == split]
     index = chosen.splits[split]
     return {
-        "rows": sum(shard.rows for shard in own),
+        "rows": sum(sum(shard.row_groups) for shard in own),
         "bytes": pc.sum(index.column("bytes")).as_py(),
         "documents": index.num_rows,
         "files": [{"path": s.entry.path, "row_groups": list(s.row_groups)} for s in own],
@@ -431,18 +376,21 @@ def _counts(found: Listing, chosen: Chosen, shards: Sequence[Shard]) -> dict[str
         "ignored": dict(sorted(found.ignored.items())),
         "documents": sum(index.num_rows for index in chosen.splits.values()),
         "bytes": sum(pc.sum(i.column("bytes")).as_py() for i in chosen.splits.values()),
-        "dropped": dict(sorted(chosen.drops.items())),
-        "quarantined": dict(sorted(Counter(r.reason for r in chosen.rejects).items())),
+        "dropped": dict(sorted(chosen.leavings.drops.items())),
+        "quarantined": dict(sorted(chosen.leavings.reasons.items())),
         **_summed(shard.counts for shard in shards),
     }
 
 
-def _summed(counts: Iterator[Mapping[str, int]]) -> dict[str, int]:
-    return dict(sum((Counter(count) for count in counts), Counter()))
+def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(sorted(total.items()))
 
 
 def _metrics(
-    splits: Mapping[Split, Mapping[str, Any]], counts: Mapping[str, Any], facts: Mapping[str, Any]
+    splits: Mapping[Split, Mapping[str, Any]], counts: Mapping[str, Any]
 ) -> dict[str, float]:
     metrics = {
         "documents": counts["documents"],
@@ -464,6 +412,3 @@ def _headline(artifact: Artifact) -> str:
     if metrics["quarantined"]:
         parts.append(f"{metrics['quarantined']:,} unreadable")
     return ", ".join(parts)
-
-
-__all__ = ["check", "choose", "inputs", "is_heldout", "run", "sample"]

@@ -1,8 +1,8 @@
 """One partition's files to a table of cleaned documents, with a count of everything left out."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -37,12 +37,35 @@ INDEX = [name for name, _ in _LINEAGE if name not in ("path", "row")]
 
 
 @dataclass(frozen=True)
+class Leavings:
+    """What did not make it into the corpus."""
+
+    rejects: tuple[Reject, ...] = ()
+    """What could not be read."""
+    drops: Counter[str] = field(default_factory=Counter)
+    """Documents that were read and are not wanted, by reason."""
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Rejects by reason."""
+        return Counter(reject.reason for reject in self.rejects)
+
+
+def together(leavings: Iterable[Leavings]) -> Leavings:
+    """All of them, in an order that does not depend on which came first."""
+    rejects: set[Reject] = set()
+    drops: Counter[str] = Counter()
+    for one in leavings:
+        rejects.update(one.rejects)
+        drops.update(one.drops)
+    return Leavings(tuple(sorted(rejects, key=lambda r: (r.file, r.row or 0, r.reason))), +drops)
+
+
+@dataclass(frozen=True)
 class Documents:
     table: pa.Table
     """The columns of `families.base`, and `row`, `bytes`, `label`."""
-    rejects: tuple[Reject, ...]
-    drops: Counter[str]
-    """Documents that a cleaning rule dropped, by reason."""
+    leavings: Leavings
 
 
 Outcome = dict[str, Any] | Drop | Reject
@@ -61,7 +84,7 @@ def read(files: Sequence[SourceFile], data: TextData | ImageData, partition: int
             drops[outcome.reason] += 1
         else:
             rows.append({"document": partition << 32 | len(rows), **outcome})
-    return Documents(pa.Table.from_pylist(rows, schema(data.kind)), tuple(rejects), drops)
+    return Documents(pa.Table.from_pylist(rows, schema(data.kind)), Leavings(tuple(rejects), drops))
 
 
 def schema(payload: Payload) -> pa.Schema:

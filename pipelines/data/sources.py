@@ -19,7 +19,7 @@ import stat
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -189,11 +189,9 @@ def _list_builtin(source: str, payload: Payload) -> Listing:
         )
     if source == DIGITS_SOURCE:
         return Listing((SourceFile(source, source, "", DIGITS_BYTES, 0, ""),))
-    found = _list_local(source, Path(sysconfig.get_path("stdlib")))
     outside = {"site-packages", "dist-packages", "__pycache__"}
-    files = [
-        f for f in found.files if f.extension == ".py" and outside.isdisjoint(f.inside.split("/"))
-    ]
+    found = _walk(source, Path(sysconfig.get_path("stdlib")), outside)
+    files = [file for file in found.files if file.extension == ".py"]
     if not files:
         raise SourceError(f"{source}: this Python comes without the sources of its library")
     return Listing(tuple(files))
@@ -232,7 +230,7 @@ def _list_local(source: str, path: Path) -> Listing:
         return _walk(source, path)
     if not path.exists():
         raise SourceError(f"data.sources: {source} does not exist")
-    return _local_files(source, [(path, source, path.name)])
+    return _local_files([(str(path), source, path.name)])
 
 
 def _list_glob(source: str, pattern: Path) -> Listing:
@@ -243,54 +241,62 @@ def _list_glob(source: str, pattern: Path) -> Listing:
     base = os.path.commonpath([path.parent for path in files])
     inside = [path.relative_to(base).as_posix() for path in files]
     return _local_files(
-        source, [(p, f"{source}/{name}", name) for p, name in zip(files, inside, strict=True)]
+        [(str(p), f"{source}/{name}", name) for p, name in zip(files, inside, strict=True)]
     )
 
 
-def _walk(source: str, top: Path) -> Listing:
+def _walk(source: str, top: Path, outside: Container[str] = ()) -> Listing:
     """Every file below a folder. Hidden ones are counted; linked folders are not entered, because
-    links may form a circle."""
-    entries: list[tuple[Path, str, str]] = []
+    links may form a circle.
+
+    Args:
+        outside: names of folders that do not belong to the source.
+    """
+    entries: list[tuple[str, str, str]] = []
     rejects: list[Reject] = []
-    hidden = 0
+    ignored: Counter[str] = Counter()
     unreadable: list[OSError] = []
     for folder, folders, names in os.walk(top, onerror=unreadable.append):
-        hidden += sum(name.startswith(".") for name in folders + names)
-        linked = [name for name in folders if Path(folder, name).is_symlink()]
+        inside = os.path.relpath(folder, top)
+        prefix = "" if inside == "." else f"{inside}/"
+        before = list(folders)
+        visible = [n for n in folders if not n.startswith(".") and n not in outside]
+        linked = [n for n in visible if os.path.islink(os.path.join(folder, n))]
         rejects += [
-            Reject(
-                _printable(f"{source}/{_inside(top, Path(folder, name))}"), None, "a folder link"
-            )
+            Reject(_printable(f"{source}/{prefix}{name}"), None, "a link to a folder")
             for name in linked
         ]
-        folders[:] = [n for n in folders if not n.startswith(".") and n not in linked]
-        for name in names:
-            if not name.startswith("."):
-                path = Path(folder, name)
-                entries.append((path, f"{source}/{_inside(top, path)}", _inside(top, path)))
+        folders[:] = [name for name in visible if name not in linked]
+        hidden = sum(name.startswith(".") for name in [*before, *names])
+        ignored.update({"hidden": hidden} if hidden else {})
+        entries += [
+            (os.path.join(folder, name), f"{source}/{prefix}{name}", f"{prefix}{name}")
+            for name in names
+            if not name.startswith(".")
+        ]
     rejects += [
-        Reject(_printable(f"{source}/{_inside(top, Path(error.filename))}"), None, _why(error))
+        Reject(_printable(str(error.filename)), None, f"cannot be read: {_why(error)}")
         for error in unreadable
     ]
-    found = _local_files(source, entries)
-    ignored = Counter({"hidden": hidden}) if hidden else Counter[str]()
+    found = _local_files(entries)
     return Listing(found.files, (*rejects, *found.rejects), ignored)
 
 
-def _local_files(source: str, entries: Sequence[tuple[Path, str, str]]) -> Listing:
+def _local_files(entries: Sequence[tuple[str, str, str]]) -> Listing:
+    """Files by (location, shown path, path inside of the source)."""
     files: list[SourceFile] = []
     rejects: list[Reject] = []
-    for path, shown, inside in entries:
+    for location, shown, inside in entries:
         if shown != _printable(shown):
             rejects.append(Reject(_printable(shown), None, "its name is not UTF-8"))
             continue
         try:
-            info = path.stat()
+            info = os.stat(location)
         except OSError as error:
             rejects.append(Reject(shown, None, _why(error)))
             continue
         if stat.S_ISREG(info.st_mode):
-            files.append(SourceFile(shown, str(path), "", info.st_size, info.st_mtime_ns, inside))
+            files.append(SourceFile(shown, location, "", info.st_size, info.st_mtime_ns, inside))
         else:
             rejects.append(Reject(shown, None, "not a regular file"))
     return Listing(tuple(files), tuple(rejects))
@@ -338,10 +344,6 @@ def list_remote(source: str, root: str, filesystem: fs.FileSystem, base: str) ->
     if not files:
         raise SourceError(f"data.sources: there is nothing at {source}")
     return Listing(tuple(files))
-
-
-def _inside(top: Path, path: Path) -> str:
-    return path.relative_to(top).as_posix()
 
 
 def _printable(text: str) -> str:

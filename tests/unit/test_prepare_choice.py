@@ -1,0 +1,86 @@
+"""Which documents stay, which are held out and which teach the encoder: pure decisions."""
+
+from collections import Counter
+
+import pyarrow as pa
+import pytest
+
+from cluster.config import RunConfig
+from cluster.errors import SourceError
+from pipelines import prepare
+from pipelines.data import documents, duplicates
+from pipelines.data.documents import Leavings
+from tests import fakes
+
+TEXTS = [f"第{n}篇 document number {n}" for n in range(400)]
+
+
+def index(texts: list[str], labels: list[str] | None = None) -> pa.Table:
+    rows = [
+        {
+            "document": number,
+            "digest": duplicates.digest(text.encode()),
+            "bytes": len(text.encode()),
+            "label": labels[number] if labels else None,
+        }
+        for number, text in enumerate(texts)
+    ]
+    return pa.Table.from_pylist(rows, documents.schema("text")).select(documents.INDEX)
+
+
+def choose(table: pa.Table, *overrides: str) -> prepare.Chosen:
+    config = settings(*overrides)
+    return prepare.choose(config, table, Leavings(drops=Counter(too_short=2)))
+
+
+def settings(*overrides: str) -> RunConfig:
+    return fakes.config("gpt-demo", "data.heldout_fraction=0.25", *overrides)
+
+
+def heldout_texts(texts: list[str], *overrides: str) -> set[str]:
+    chosen = choose(index(texts), *overrides)
+    return {texts[i] for i in chosen.splits["heldout"].column("document").to_pylist()}
+
+
+def test_a_document_keeps_its_side_when_others_come_and_go() -> None:
+    everything = heldout_texts(TEXTS)
+    assert 60 < len(everything) < 140
+    fewer = TEXTS[100:300][::-1]
+    assert heldout_texts(fewer) == everything & set(fewer)
+    assert heldout_texts(TEXTS, "seed=7") != everything
+    assert heldout_texts(TEXTS, "data.heldout_fraction=0.1") < everything
+
+
+def test_copies_never_land_on_both_sides() -> None:
+    chosen = choose(index(TEXTS * 2))
+    assert sum(table.num_rows for table in chosen.splits.values()) == len(TEXTS)
+    assert chosen.leavings.drops == {"duplicate": 400, "too_short": 2}
+
+
+def test_label_that_training_never_sees_is_dropped_and_counted() -> None:
+    plain = choose(index(TEXTS))
+    alone = plain.splits["heldout"].column("document").to_pylist()[0]
+    labels = ["rare" if n == alone else "common" for n in range(400)]
+    chosen = choose(index(TEXTS, labels))
+    assert chosen.labels == ["common"]
+    assert chosen.leavings.drops["label_not_in_training"] == 1
+    assert alone not in chosen.splits["heldout"].column("document").to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "empty"), [("0.000001", "held-out"), ("0.999999", "training")]
+)
+def test_empty_split_is_refused_with_the_cure(fraction: str, empty: str) -> None:
+    with pytest.raises(SourceError, match=f"leaves no {empty} document: give more documents"):
+        choose(index(TEXTS), f"data.heldout_fraction={fraction}")
+
+
+def test_sample_is_about_the_size_asked_for_and_does_not_follow_the_order() -> None:
+    table = index(TEXTS)
+    limit = 2000
+    taken = prepare.sample(table, limit)
+    assert limit <= sum(taken.column("bytes").to_pylist()) < limit + 40
+    shuffled = prepare.sample(table.take(list(reversed(range(400)))), limit)
+    assert shuffled.equals(taken)
+    assert taken.column("document").to_pylist() != sorted(taken.column("document").to_pylist())
+    assert prepare.sample(table, 1).num_rows == 1

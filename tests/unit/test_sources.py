@@ -1,0 +1,210 @@
+"""Sources: what is found, how it is cut to partitions, and what becomes of bad files."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from cluster.errors import SourceError
+from pipelines.data import sources
+from pipelines.data.sources import RawText, Reject, SourceFile
+
+CHINESE = "春眠不觉晓,处处闻啼鸟。\nمرحبا Ελλάδα 🌾 naïve\n"
+
+
+def read(path: Path, max_bytes: int = 1000) -> list[RawText | Reject]:
+    found = sources.listing([str(path)], "text")
+    return [item for file in found.files for item in sources.read_texts(file, max_bytes)]
+
+
+def file(name: str, size: int) -> SourceFile:
+    return SourceFile(name, f"/{name}", "", size, 0, name)
+
+
+def test_folder_is_read_in_order_of_path_with_what_is_left_out_counted(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "唐诗.txt").write_text(CHINESE, encoding="utf-8")
+    (tmp_path / "a.md").write_text("prose")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config.txt").write_text("not a document")
+    found = sources.listing([f"{tmp_path}/"], "text")
+    assert [f.path for f in found.files] == [f"{tmp_path}/a.md", f"{tmp_path}/b/唐诗.txt"]
+    assert found.ignored == {".png": 1, "hidden": 1}
+    assert [item.text for item in read(tmp_path) if isinstance(item, RawText)] == ["prose", CHINESE]
+
+
+def test_glob_file_and_uri_name_the_same_files(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    globbed = sources.listing([f"{tmp_path}/*.txt"], "text")
+    assert [f.inside for f in globbed.files] == ["a.txt", "b.txt"]
+    uri = sources.listing([f"file://{tmp_path}"], "text")
+    assert [f.inside for f in uri.files] == ["a.txt", "b.txt", "c.md"]
+    single = sources.listing([f"{tmp_path}/a.txt"] * 2, "text")
+    assert [f.path for f in single.files] == [f"{tmp_path}/a.txt"]
+
+
+def test_remote_listing_goes_through_the_filesystem(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    base, local = str(tmp_path), fs.LocalFileSystem()
+    everything = sources.list_remote("s3://bucket/x", "s3://bucket/x", local, base)
+    assert [f.inside for f in everything.files] == ["b.txt", "deep/a.txt"]
+    matching = sources.list_remote("s3://bucket/x/d*.txt", "s3://bucket/x", local, base)
+    assert [f.path for f in matching.files] == ["s3://bucket/x/d*.txt/deep/a.txt"]
+    with pytest.raises(SourceError, match="nothing at"):
+        sources.list_remote("s3://bucket/y", "s3://bucket/y", local, f"{base}/absent")
+
+
+def test_remote_file_is_read_through_its_root(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(CHINESE.encode()))
+    remote = SourceFile("r", str(tmp_path / "a.txt.gz"), f"file://{tmp_path}", 1, 1, "a.txt.gz")
+    assert list(sources.read_texts(remote, 1000)) == [RawText(None, CHINESE)]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/nowhere/at/all", "does not exist"),
+        ("/nowhere/*.txt", "no file matches"),
+        ("nonsense://bucket/key", "cannot be listed"),
+        ("builtin:nothing", "the builtin ones are"),
+        ("builtin:digits", "holds image documents"),
+    ],
+)
+def test_source_that_is_not_there_is_refused(source: str, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        sources.listing([source], "text")
+
+
+def test_folder_without_any_text_is_refused_with_what_it_has(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="holds no text files"):
+        sources.listing([str(tmp_path)], "text")
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"only 1 \.png"):
+        sources.listing([str(tmp_path)], "text")
+
+
+def test_partitions_follow_from_the_listing_alone() -> None:
+    files = [file(name, size) for name, size in zip("abcdef", [4, 5, 20, 1, 9, 0], strict=True)]
+    parts = sources.partition(list(reversed(files)), 10)
+    assert [[f.path for f in part] for part in parts] == [["a", "b"], ["c"], ["d", "e", "f"]]
+
+
+def test_summary_sees_sizes_and_times_but_not_where_a_builtin_lies(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+
+    def summary() -> dict[str, object]:
+        return sources.summary([str(tmp_path)], sources.listing([str(tmp_path)], "text"))
+
+    first = summary()
+    assert first == summary()
+    os.utime(path, ns=(1, 1))
+    touched = summary()
+    path.write_text("other")
+    os.utime(path, ns=(1, 1))
+    assert len({json.dumps(s) for s in (first, touched, summary())}) == 3
+    builtin = sources.listing(["builtin:python-stdlib"], "text")
+    assert len(builtin.files) > 100
+    assert not any("site-packages" in f.inside for f in builtin.files)
+    assert (
+        "python"
+        in sources.summary(["builtin:python-stdlib"], builtin)["builtin:python-stdlib"]["version"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.txt", "naïve".encode("latin-1"), "not UTF-8"),
+        ("a.txt", "漢字".encode("utf-16"), "UTF-16"),
+        ("a.txt", b"ab\0cd", "NUL"),
+        ("a.txt", b"x" * 1001, "over 1000 bytes"),
+        ("a.txt.gz", b"not gzip at all", "damaged gzip"),
+        ("a.txt.gz", gzip.compress(b"abcdefgh" * 50)[:-9], "damaged gzip"),
+        ("a.txt.gz", gzip.compress(b"\n" * 10_000_000), "over 1000 bytes"),
+    ],
+)
+def test_unreadable_file_is_quarantined_with_its_reason_and_no_content(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    (reject,) = read(tmp_path)
+    assert isinstance(reject, Reject)
+    assert reject.file.endswith(name)
+    assert reason in reject.reason
+
+
+def test_broken_lines_are_quarantined_one_by_one(tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"text": CHINESE}, ensure_ascii=False).encode(),
+        b"{broken",
+        b"",
+        b'{"text": 5}',
+        b"[1, 2]",
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+        b"[" * 900,
+        b'"' + b"x" * 3000,
+        b'{"text": "last", "other": 1}',
+    ]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    items = read(tmp_path)
+    assert [(i.row, i.text) for i in items if isinstance(i, RawText)] == [
+        (1, CHINESE),
+        (10, "last"),
+    ]
+    assert [i.row for i in items if isinstance(i, Reject)] == [2, 4, 5, 6, 7, 8, 9]
+
+
+def test_deeply_nested_line_is_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"[" * 200_000 + b"]" * 200_000)
+    (reject,) = read(tmp_path, max_bytes=1_000_000)
+    assert isinstance(reject, Reject)
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + CHINESE.encode())
+    assert read(tmp_path) == [RawText(None, CHINESE)]
+
+
+def test_fifo_and_links_never_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    found = sources.listing([str(tmp_path)], "text")
+    assert [f.inside for f in found.files] == ["good.txt"]
+    reasons = {Path(r.file).name: r.reason for r in found.rejects}
+    assert reasons.keys() == {"pipe.txt", "dangling.txt", "circle"}
+    assert reasons["pipe.txt"] == "not a regular file"
+
+
+def test_file_that_changes_under_the_reader_is_quarantined(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("here")
+    (listed,) = sources.listing([str(tmp_path)], "text").files
+    path.unlink()
+    (gone,) = sources.read_texts(listed, 100)
+    assert isinstance(gone, Reject)
+    assert "vanished" in gone.reason
+    os.mkfifo(path)
+    (pipe,) = sources.read_texts(listed, 100)
+    assert isinstance(pipe, Reject)
+    assert "not a regular file" in pipe.reason
+
+
+def test_name_that_is_not_utf8_is_quarantined(tmp_path: Path) -> None:
+    (tmp_path / "ok.txt").write_text("ok")
+    with open(os.fsencode(tmp_path) + b"/bad-\xff.txt", "w") as stream:
+        stream.write("x")
+    found = sources.listing([str(tmp_path)], "text")
+    assert [f.inside for f in found.files] == ["ok.txt"]
+    assert [r.reason for r in found.rejects] == ["its name is not UTF-8"]
+    found.rejects[0].file.encode()
