@@ -3,9 +3,10 @@
     encoder/                  tokenizer or preprocessor files, as a published model carries them
     train/part-00000.parquet  rows of one partition, in row groups of `data.row_group_rows`
     heldout/part-00000.parquet
-    documents/part-00000.parquet   lineage: document id, path, bytes, split; no content
+    documents/part-00000.parquet   lineage: document id, path, row (line of a .jsonl), bytes,
+                              split; no content
     report.json               counts: files, documents, bytes, drops by reason
-    quarantine.jsonl          what could not be read: file and reason, never content
+    quarantine.jsonl          what could not be read: file, row and reason, never content
 
 A *sample id* is the number of a row in its split, counting through the files in order. Row groups
 are the unit of fetching; `detail["splits"]` of the manifest says how many rows each one has.

@@ -47,6 +47,8 @@ class Encoder(Protocol):
         """Rows of one partition and split, in order. Pure: the same table gives the same rows.
 
         Every row table has an int64 column or list column naming the documents that it came from.
+        Its schema's metadata may hold `counts`, JSON: name -> number that `prepare` adds up and
+        reports, such as `tokens` and `padding`.
         """
         ...
 
