@@ -51,11 +51,14 @@ def run(config: RunConfig) -> StageResult:
 
     Raises:
         UsageError: if there is no model, the cluster is too small or the port is taken.
+        ArtifactError: if the model is damaged; what is served now stays.
         ServingError: with the replica's reason, if it does not come up.
     """
     from serving import deploy
 
     model = required("serve", open_store(config), config)
+    # A replica that cannot load a new version is lost with the version that it had: look first.
+    model.verify()
     with session(config) as joined:
         _check_capacity(config, joined)
         serve = deploy.Serve(joined.dashboard)
@@ -63,7 +66,7 @@ def run(config: RunConfig) -> StageResult:
             config.serve, model, gpus=bool(joined.gpus), runtime_env=_shipped_code()
         )
         serve.deploy(config.serve, application)
-        serve.wait()
+        serve.wait(application)
         url = deploy.url_of(config.serve)
         deploy.wait_for_model(url, model)
         progress.say(f"serve: {url} answers with {model.id}")

@@ -142,8 +142,8 @@ class Serve:
         except RuntimeError as error:
             raise ServingError(f"Ray Serve refused the application: {error}") from None
 
-    def wait(self, seconds: float = READY_SECONDS) -> None:
-        """Until the application runs.
+    def wait(self, ours: Mapping[str, Any], seconds: float = READY_SECONDS) -> None:
+        """Until the application runs as deployed.
 
         Raises:
             ServingError: with the reason that its replicas give.
@@ -152,7 +152,7 @@ class Serve:
         while True:
             app = self._client.get_serve_details()["applications"].get(APPLICATION, {})
             status = app.get("status", "NOT_STARTED")
-            if status == "RUNNING":
+            if status == "RUNNING" and _settled(app, ours):
                 return
             if status in {"DEPLOY_FAILED", "UNHEALTHY"}:
                 raise ServingError(f"the service did not come up: {failure(app)}")
@@ -161,6 +161,19 @@ class Serve:
                     f"the service is still {status} after {seconds:.0f} s: {failure(app)}"
                 )
             time.sleep(POLL_SECONDS)
+
+
+def _settled(app: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Whether every deployment is healthy with our configuration.
+
+    The status alone is not enough: for a moment after an update it still speaks of what was before.
+    """
+    deployments = app.get("deployments", {})
+    return all(
+        deployments.get(wanted["name"], {}).get("status") == "HEALTHY"
+        and deployments[wanted["name"]]["deployment_config"]["user_config"] == wanted["user_config"]
+        for wanted in ours["deployments"]
+    )
 
 
 def failure(app: Mapping[str, Any]) -> str:

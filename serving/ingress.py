@@ -24,13 +24,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
 from serving.engines.base import (
+    OVERLOADED,
     Event,
     Failed,
     GenerationRequest,
     Predicted,
     PredictionRequest,
     Started,
-    overloaded,
 )
 from serving.engines.base import Request as EngineRequest
 from serving.schema import (
@@ -245,7 +245,7 @@ def error_response(error: RequestError) -> Response:
 
 
 class Border:
-    """The outermost ASGI layer: request id, size of the body, and a client that goes away.
+    """The outermost ASGI layer: request id, size of the body, and clients that go away.
 
     It reads the body itself, up to the cap, and from then on watches for the disconnect: when the
     client goes, the request is cancelled, whatever Serve's own headers say.
@@ -259,7 +259,6 @@ class Border:
             await self._app(scope, receive, send)
             return
         scope["request_id"] = request_id(scope["headers"])
-        send = _with_header(send, b"x-request-id", scope["request_id"].encode())
         try:
             body = await _read(scope, receive)
         except RequestError as error:
@@ -270,7 +269,10 @@ class Border:
 
 
 def request_id(headers: Sequence[tuple[bytes, bytes]]) -> str:
-    """The caller's id where it is harmless in a log and a header, else one of ours."""
+    """The caller's id, or the one that Serve gave, where it is harmless in logs; else ours.
+
+    Serve's proxies put the header on every answer themselves.
+    """
     given = next((v for k, v in headers if k == b"x-request-id"), b"").decode("latin-1")
     return given if REQUEST_ID.match(given) else secrets.token_hex(12)
 
@@ -324,16 +326,6 @@ async def _until_gone(answer: Awaitable[None], receive: Receive) -> None:
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-def _with_header(send: Send, name: bytes, value: bytes) -> Send:
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            others = [(k, v) for k, v in message.get("headers", ()) if k.lower() != name]
-            message = {**message, "headers": [*others, (name, value)]}
-        await send(message)
-
-    return sending
-
-
 class HandleGateway:
     """Engines behind Serve's deployment handles, one per model name."""
 
@@ -352,12 +344,13 @@ class HandleGateway:
         try:
             async for event in events:
                 yield event
-        except BackPressureError as full:
-            yield overloaded(full.num_queued_requests)
+        except BackPressureError:
+            yield OVERLOADED
         except (RayActorError, DeploymentUnavailableError):
             yield Failed(503, "the model's replica was lost", "replica_lost", retry_after=1)
-        finally:
+        except (asyncio.CancelledError, GeneratorExit):
             events.cancel()
+            raise
 
 
 @ray.serve.deployment

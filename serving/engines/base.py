@@ -127,10 +127,9 @@ class Engine(Protocol):
         ...
 
 
-def overloaded(waiting: int) -> Failed:
-    return Failed(
-        503,
-        f"the model is busy: {waiting} requests are waiting; try again in a second",
-        code="overloaded",
-        retry_after=1,
-    )
+OVERLOADED = Failed(
+    503,
+    "the model is busy and its queue is full: try again in a second",
+    code="overloaded",
+    retry_after=1,
+)

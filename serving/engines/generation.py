@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import ServingError
 from serving.engines.base import (
+    OVERLOADED,
     Event,
     Failed,
     Finished,
@@ -28,7 +29,6 @@ from serving.engines.base import (
     Stats,
     Tokens,
     is_last,
-    overloaded,
 )
 from serving.engines.scheduler import Scheduler, Step
 from serving.engines.text import TextStream
@@ -174,7 +174,7 @@ class GenerationEngine:
             if self._fault is not None or self._closing:
                 return Failed(503, "the model is being replaced", "unavailable", retry_after=1)
             if not self._scheduler.submit(sequence.id):
-                return overloaded(self._scheduler.waiting)
+                return OVERLOADED
             self._sequences[sequence.id] = sequence
             self._changed.notify()
         return None

@@ -13,13 +13,13 @@ from typing import Any
 
 from pipelines.families.base import Predictor
 from serving.engines.base import (
+    OVERLOADED,
     Event,
     Failed,
     Predicted,
     PredictionRequest,
     Started,
     Stats,
-    overloaded,
 )
 
 Answer = dict[str, Any] | ValueError
@@ -56,7 +56,7 @@ class PredictionEngine:
         if self._running + len(self._pending) + len(request.inputs) > (
             self._max_batch + self._max_waiting
         ):
-            yield overloaded(len(self._pending))
+            yield OVERLOADED
             return
         loop = asyncio.get_running_loop()
         items = [_Item(request.id, value, loop.create_future()) for value in request.inputs]
@@ -123,5 +123,7 @@ def _resolve(future: asyncio.Future[Answer], outcome: Answer | Exception) -> Non
 def _outcome(answers: Sequence[Answer]) -> Event:
     for index, answer in enumerate(answers):
         if isinstance(answer, ValueError):
-            return Failed(400, f"inputs[{index}]: {answer}", param="inputs")
+            # It was asked alone, as input 0.
+            reason = str(answer).removeprefix("input 0: ")
+            return Failed(400, f"inputs[{index}]: {reason}", param="inputs")
     return Predicted(tuple(answer for answer in answers if isinstance(answer, dict)))
