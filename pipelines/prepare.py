@@ -191,8 +191,8 @@ def _labels(index: pa.Table) -> list[str]:
 
 def _nothing_usable(config: RunConfig, leavings: Leavings) -> str:
     reasons = leavings.reasons + leavings.drops
-    counted = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(4)) or "no documents"
-    example = f", such as {leavings.rejects[0].file}" if leavings.rejects else ""
+    counted = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(4)) or "no documents"
+    example = f"; such as {leavings.rejects[0].file}" if leavings.rejects else ""
     return (
         f"data.sources hold no usable {config.data.kind} ({counted}{example}): "
         "give others, or loosen the limits in data"
