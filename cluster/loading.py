@@ -74,7 +74,13 @@ _PlainLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: flo
 class _PlainDumper(yaml.SafeDumper):
     """Quotes the text that either reading of YAML, ours or the usual one, takes for a number."""
 
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        # Between other quotes YAML folds line breaks, and PyYAML forgets that these are some.
+        style = '"' if set(text) & set("\n\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
 
+
+_PlainDumper.add_representer(str, _PlainDumper.represent_str)
 for _first_character, _resolvers in _PlainLoader.yaml_implicit_resolvers.items():
     for _kind, _compiled in _resolvers:
         _PlainDumper.add_implicit_resolver(_kind, _compiled, [_first_character])

@@ -15,17 +15,14 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import socket
-import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache, cached_property
-from importlib import metadata
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,6 +30,7 @@ from pyarrow import fs
 
 from cluster.durable import Hashing, chunks_of, durable
 from cluster.errors import ArtifactError, StorageError, StorageRootError
+from cluster.version import code_version
 
 SCHEMA_VERSION = 1
 MANIFEST, COMMIT, LOCK = "manifest.json", "COMMIT", "WRITER"
@@ -354,23 +352,23 @@ class Staging:
     version: int
 
     @property
+    def id(self) -> str:
+        return f"{self.kind}/{self.name}@{self.version}"
+
+    @property
     def path(self) -> str:
-        return f"{self.store.base}/{self.kind}/{self.name}@{self.version}"
+        return f"{self.store.base}/{self.id}"
 
     def begin(self) -> None:
         if self.store._read(self.kind, self.name, self.version) is not None:
+            raise StorageError(f"{self.id} was just written by another run: run again")
+        holder = (self.store.read(f"{self.path}/{LOCK}") or b"").decode(errors="replace")
+        if _alive(holder):
             raise StorageError(
-                f"{self.kind}/{self.name}@{self.version} was just written by another run: run again"
+                f"{self.id} is being written by process {holder}: wait for it, or give this run "
+                "another name"
             )
-        holder = self.store.read(f"{self.path}/{LOCK}")
-        if holder is not None and _alive(holder.decode(errors="replace")):
-            raise StorageError(
-                f"{self.kind}/{self.name}@{self.version} is being written by process "
-                f"{holder.decode(errors='replace')}: wait for it, or give this run another name"
-            )
-        with _storage_errors(f"begin {self.kind}/{self.name}@{self.version}"):
-            if self.store.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
-                self.store.filesystem.delete_dir(self.path)
+        self.abandon()
         holder_now = f"{socket.gethostname()}:{os.getpid()}".encode()
         self._write(LOCK, lambda stream: stream.write(holder_now))
 
@@ -426,7 +424,7 @@ class Staging:
         raw = manifest.encode()
         self._write(MANIFEST, lambda stream: stream.write(raw))
         self._write(COMMIT, lambda stream: stream.write(_sha256(raw).encode()))
-        with _storage_errors(f"commit {self.kind}/{self.name}@{self.version}"):
+        with _storage_errors(f"commit {self.id}"):
             self.store.filesystem.delete_file(f"{self.path}/{LOCK}")
         return Artifact(self.store, manifest)
 
@@ -486,19 +484,3 @@ def _storage_errors(doing: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
-
-
-@cache
-def code_version() -> str:
-    """Version of the installed distribution and, in a checkout, its commit."""
-    version = metadata.version("heliostat")
-    here = Path(__file__).parent
-    if shutil.which("git") is None:
-        return version
-    answer = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return f"{version}+{answer.stdout.strip()}" if answer.returncode == 0 else version
