@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +200,7 @@ def _card(
     fields: dict[str, str],
     parameters: int,
 ) -> str:
-    from cluster.storage import code_version
+    from cluster.version import code_version
     from pipelines.evaluation.card import Card
 
     corpus = trained.corpus.artifact
@@ -215,13 +215,24 @@ def _card(
         fields=fields,
         config=keys,
         parameters=parameters,
-        corpus=corpus.read_json("report.json"),
+        corpus=_counts(corpus.read_json("report.json")),
         sources=trained.config.data.sources,
         metrics=evaluation.manifest.metrics,
         report=_without_title(evaluation.read_bytes("report.md").decode()),
         ancestors=[(a.id, _digest(a)) for a in (evaluation, trained.checkpoint, corpus)],
         code_version=code_version(),
     ).render()
+
+
+def _counts(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a corpus report; its shards and what models need are told elsewhere."""
+    counts: dict[str, Any] = {}
+    for key, value in report.items():
+        if isinstance(value, Mapping) and key != "facts":
+            counts[key] = _counts(value)
+        elif not isinstance(value, Mapping | list):
+            counts[key] = value
+    return counts
 
 
 def _without_title(report: str) -> str:
