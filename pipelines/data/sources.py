@@ -189,7 +189,9 @@ def _list_builtin(source: str, payload: Payload) -> Listing:
         )
     if source == DIGITS_SOURCE:
         return Listing((SourceFile(source, source, "", DIGITS_BYTES, 0, ""),))
-    outside = {"site-packages", "dist-packages", "__pycache__"}
+    # Test suites are most of the bytes and little like the code that they test.
+    tests = {"test", "tests", "idle_test"}
+    outside = {"site-packages", "dist-packages", "__pycache__", *tests}
     found = _walk(source, Path(sysconfig.get_path("stdlib")), outside)
     files = [file for file in found.files if file.extension == ".py"]
     if not files:
