@@ -1,0 +1,170 @@
+"""What requests may say: OpenAI's conventions, and one clear sentence for everything else."""
+
+import json
+from typing import Any
+
+import pytest
+
+from serving.engines.base import SamplingParameters
+from serving.schema import (
+    Completion,
+    Limits,
+    RequestError,
+    parse_classification,
+    parse_completion,
+)
+
+LIMITS = Limits(max_tokens=100, choices=8)
+
+
+def completion(**fields: Any) -> Completion:
+    return parse_completion(json.dumps({"model": "m", "prompt": "a"} | fields).encode(), LIMITS)
+
+
+def test_the_defaults_are_those_of_the_conventions() -> None:
+    asked = completion()
+    assert asked.sampling == SamplingParameters(max_tokens=16, temperature=1.0, top_p=1.0)
+    assert (asked.n, asked.echo, asked.stream, asked.include_usage) == (1, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("你好", ("你好",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2, 3], ((1, 2, 3),)),
+        ([[1], [2, 3]], ((1,), (2, 3))),
+    ],
+)
+def test_a_prompt_is_text_texts_tokens_or_lists_of_tokens(prompt: Any, prompts: Any) -> None:
+    assert completion(prompt=prompt).prompts == prompts
+
+
+def test_null_and_neutral_values_ask_for_nothing() -> None:
+    null = dict.fromkeys(
+        ("max_tokens", "temperature", "stop", "seed", "logprobs", "suffix", "logit_bias", "n")
+    )
+    assert completion(**null) == completion()
+    neutral = {"best_of": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}
+    assert completion(**neutral, no_such_field={"any": "thing"}) == completion()
+
+
+def test_fields_arrive() -> None:
+    asked = completion(
+        max_tokens=7,
+        temperature=0,
+        top_p=0.5,
+        top_k=-1,
+        stop="。",
+        seed=-3,
+        n=2,
+        stream=True,
+        echo=True,
+        stream_options={"include_usage": True},
+    )
+    assert asked.sampling == SamplingParameters(7, 0, 0.5, 0, ("。",), -3)
+    assert asked.n == 2 and asked.stream and asked.echo and asked.include_usage
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logprobs": 0},
+        {"logprobs": 5},
+        {"best_of": 2},
+        {"suffix": "x"},
+        {"logit_bias": {"1": 2}},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": -1},
+    ],
+)
+def test_known_but_unsupported_fields_are_refused_by_name(fields: dict[str, Any]) -> None:
+    [name] = fields
+    with pytest.raises(RequestError) as caught:
+        completion(**fields)
+    assert (caught.value.status, caught.value.param) == (400, name)
+    assert name in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 101}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"n": 9}, "n"),
+        ({"n": 2, "prompt": ["a"] * 5}, "n"),
+        ({"prompt": ["a"] * 9}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"seed": 2**63}, "seed"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"model": 1}, "model"),
+    ],
+)
+def test_wrong_values_name_their_field(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        completion(**fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
+    error = caught.value.body()["error"]
+    assert error["type"] == "invalid_request_error" and param in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"model": "m", "prompt": "\\ud800"}',
+        b'{"model": "m", "prompt": "a", "temperature": NaN}',
+        b'{"model": "m", "prompt": "a", "temperature": 1e999}',
+        b'{"model": "m", "prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        b"[" * 100_000,
+        b'{"prompt": "a"}',
+    ],
+)
+def test_bodies_that_are_no_request_are_refused(body: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_completion(body, LIMITS)
+    assert caught.value.status == 400
+
+
+def classification(*inputs: Any) -> Any:
+    body = json.dumps({"model": "m", "inputs": list(inputs)}).encode()
+    return parse_classification(body, LIMITS).inputs
+
+
+def test_images_come_as_base64_data_urls_or_pixels() -> None:
+    assert classification(
+        {"image": "AAAA"}, {"image": "data:image/png;base64,AAAA"}, {"pixels": [[0, 255]]}
+    ) == ({"image": "AAAA"}, {"image": "AAAA"}, {"pixels": [[0, 255]]})
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [],
+        [{}],
+        [{"image": "AAAA", "pixels": [[0]]}],
+        ["text"],
+        [{"image": 3}],
+        [{"image": "A"}] * 9,
+    ],
+)
+def test_what_is_no_image_is_refused(inputs: list[Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        classification(*inputs)
+    assert (caught.value.status, caught.value.param) == (400, "inputs")
