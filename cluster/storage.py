@@ -222,6 +222,24 @@ class Store:
             )
         return artifact
 
+    def write(self, path: str, produce: Callable[[Any], object]) -> Hashing:
+        """Write a file by its path in the filesystem, whole or not at all.
+
+        Args:
+            produce: writes the content to the stream that it is given.
+
+        Returns:
+            Hash and size of what was written.
+        """
+        with _storage_errors(f"write {path}"):
+            opened = (
+                durable(Path(path)) if self.is_local else self.filesystem.open_output_stream(path)
+            )
+            with opened as stream:
+                hashing = Hashing(stream)
+                produce(hashing)
+        return hashing
+
     def read(self, path: str) -> bytes | None:
         """Content of a file by its path in the filesystem; None where there is none."""
         try:
@@ -435,16 +453,7 @@ class Staging:
                 self.store.filesystem.delete_dir(self.path)
 
     def _write(self, path: str, produce: Callable[[Any], object]) -> FileEntry:
-        target = f"{self.path}/{path}"
-        with _storage_errors(f"write {target}"):
-            opened = (
-                durable(Path(target))
-                if self.store.is_local
-                else self.store.filesystem.open_output_stream(target)
-            )
-            with opened as stream:
-                hashing = Hashing(stream)
-                produce(hashing)
+        hashing = self.store.write(f"{self.path}/{path}", produce)
         return FileEntry(path, hashing.digest.hexdigest(), hashing.size)
 
 
