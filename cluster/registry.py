@@ -45,6 +45,8 @@ class Registry:
         # MLflow counts its users over the network unless told not to, and logs the schema
         # migrations of a new database line by line.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # It prints links to a server's pages; stdout belongs to the one line of `--json`.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         # Its own 7 retries with growing pauses keep a user waiting for minutes on a wrong address.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         for noisy in ("alembic", "mlflow.store.db.utils"):
