@@ -6,6 +6,7 @@ and code stay the same for the life of the application.
 """
 
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +25,9 @@ IMPORT_PATH = "serving.app:build"
 INGRESS = "Ingress"
 READY_SECONDS = 300.0
 POLL_SECONDS = 0.25
+MAX_CAUSE = 400
+"""Characters of a replica's explanation that are shown."""
+EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt): ")
 INGRESS_REQUESTS = 1000
 """Requests that one ingress replica holds; the engines' own bounds refuse long before."""
 
@@ -177,14 +181,21 @@ def _settled(app: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
 
 
 def failure(app: Mapping[str, Any]) -> str:
-    """The last line, which names the exception, of each deployment that is not healthy."""
+    """What each deployment that is not healthy says, in a line."""
     reasons = [
-        f"{name}: {deployment['message'].strip().splitlines()[-1]}"
+        f"{name}: {cause(deployment['message'])}"
         for name, deployment in app.get("deployments", {}).items()
         if deployment.get("status") != "HEALTHY" and deployment.get("message", "").strip()
     ]
-    fallback = str(app.get("message", "")).strip().splitlines()[-1:] or ["no reason was given"]
-    return "; ".join(reasons or fallback)
+    fallback = cause(str(app.get("message", ""))) or "no reason was given"
+    return "; ".join(reasons) or fallback
+
+
+def cause(message: str) -> str:
+    """The last exception of a traceback with its explanation, or the message itself; one line."""
+    lines = message.strip().splitlines()
+    starts = [at for at, line in enumerate(lines) if EXCEPTION.match(line)]
+    return " ".join(" ".join(lines[starts[-1] if starts else 0 :]).split())[:MAX_CAUSE]
 
 
 def _check_listening(details: Mapping[str, Any], config: ServeSection) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.deploy import cause, failure
 from serving.engines.base import (
     OVERLOADED,
     Event,
@@ -254,3 +255,15 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
     assert "default-src 'none'" in policy and policy.count("'sha256-") == 2
     assert "http://" not in text and "https://" not in text
     assert " style=" not in text and " onclick=" not in text  # the policy would block them
+
+
+def test_a_replicas_reason_is_one_line() -> None:
+    message = (
+        "Replica failed:\nTraceback (most recent call last):\n  File x\n"
+        "KeyError: 'a'\n\nDuring handling:\nValueError: no such type.\n\nUpdate it."
+    )
+    assert cause(message) == "ValueError: no such type. Update it."
+    assert cause("No room for\nthe replica") == "No room for the replica"
+    unhealthy = {"deployments": {"m": {"status": "DEPLOY_FAILED", "message": message}}}
+    assert failure(unhealthy).startswith("m: ValueError: no such type")
+    assert failure({}) == "no reason was given"
