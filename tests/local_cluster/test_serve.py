@@ -122,7 +122,13 @@ def test_greedy_over_http_equals_generate_with_a_full_batch(served: Served) -> N
 
 
 def test_a_stream_is_server_sent_events_that_come_one_by_one(served: Served) -> None:
-    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "stream": True}
+    asked = {
+        "model": "tiny",
+        "prompt": PROMPT,
+        "max_tokens": 100,
+        "temperature": 0,
+        "stream": True,
+    }
     with served.http.stream("POST", "/v1/completions", json=asked) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.headers["x-model-id"] == served.model.id
