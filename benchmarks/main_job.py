@@ -25,14 +25,14 @@ class PeakMemory(threading.Thread):
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self._process, self._stop, self.peak = psutil.Process(pid), threading.Event(), 0
+        self._process, self._ended, self.peak = psutil.Process(pid), threading.Event(), 0
 
     def run(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
+        while not self._ended.wait(SAMPLE_SECONDS):
             self.peak = max(self.peak, self._sum())
 
     def finish(self) -> int:
-        self._stop.set()
+        self._ended.set()
         self.join()
         return self.peak
 
