@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import StorageError
+
 CHUNK = 1 << 22
 """Bytes held in memory at once while a file is copied or hashed."""
 
@@ -58,3 +60,15 @@ def durable(target: Path) -> Iterator[Any]:
 def chunks_of(stream: Any) -> Iterator[bytes]:
     while chunk := stream.read(CHUNK):
         yield chunk
+
+
+@contextmanager
+def storage_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot {doing}: {reason_of(error)}") from None
+
+
+def reason_of(error: Exception) -> str:
+    return getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,62 +27,23 @@ from typing import Any
 
 from pyarrow import fs
 
-from cluster.durable import Hashing, chunks_of, durable
+from cluster.durable import Hashing, chunks_of, durable, reason_of, storage_errors
 from cluster.errors import ArtifactError, StorageError, StorageRootError
+from cluster.holder import alive, myself
+from cluster.manifest import (
+    COMMIT,
+    LOCK,
+    MANIFEST,
+    Damage,
+    FileEntry,
+    Manifest,
+    damage_of,
+    inside,
+    sha256,
+)
 from cluster.version import code_version
 
-SCHEMA_VERSION = 1
-MANIFEST, COMMIT, LOCK = "manifest.json", "COMMIT", "WRITER"
 _DIRECTORY = re.compile(r"^(?P<name>[a-z0-9][a-z0-9._-]*)@(?P<version>[1-9][0-9]*)$")
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One file of an artifact: path inside it, content hash, size in bytes."""
-
-    path: str
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    kind: str
-    name: str
-    version: int
-    created: str
-    code_version: str
-    fingerprint: str
-    config: Mapping[str, Any]
-    parents: tuple[str, ...]
-    files: tuple[FileEntry, ...]
-    metrics: Mapping[str, float]
-    detail: Mapping[str, Any]
-    complete: bool = True
-    """False for a resting point that the same stage continues from."""
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    """What came from outside of the store, such as the listing of the raw sources."""
-    schema_version: int = SCHEMA_VERSION
-
-    def encode(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode()
-
-    @staticmethod
-    def decode(raw: bytes) -> "Manifest":
-        tree = json.loads(raw)
-        if tree.get("schema_version", 0) > SCHEMA_VERSION:
-            raise ArtifactError(
-                f"artifact format {tree['schema_version']} is newer than this Heliostat reads "
-                f"({SCHEMA_VERSION}): update Heliostat"
-            )
-        try:
-            files = tuple(FileEntry(**entry) for entry in tree.pop("files"))
-            manifest = Manifest(files=files, parents=tuple(tree.pop("parents")), **tree)
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"not a manifest that Heliostat wrote: {error}") from None
-        for entry in files:
-            _inside(entry.path)
-        return manifest
 
 
 @dataclass(frozen=True)
@@ -143,7 +103,7 @@ class Store:
             self.filesystem.delete_file(probe)
         except (OSError, ValueError) as error:
             raise StorageRootError(
-                f"storage.root {self.root} cannot be written ({_reason(error)}): "
+                f"storage.root {self.root} cannot be written ({reason_of(error)}): "
                 "give another with storage.root=PATH"
             ) from None
 
@@ -180,20 +140,45 @@ class Store:
         artifacts = [artifact for artifact in found if artifact is not None]
         return sorted(artifacts, key=lambda a: (a.name, a.version))
 
-    def stage(self, kind: str, name: str) -> "Staging":
+    def survey(self, kind: str, name: str) -> "Iterator[Artifact | Damage]":
+        """Every version that was begun, newest first, whatever became of it."""
+        for version in reversed(self._directories(kind, name)):
+            try:
+                artifact = self._read(kind, name, version)
+            except (ArtifactError, StorageError) as error:
+                yield Damage(version, str(error), begun=True, committed=True, foreign=True)
+                continue
+            path = f"{self.base}/{kind}/{name}@{version}"
+            yield artifact or damage_of(
+                version, self.read(f"{path}/{COMMIT}"), self.read(f"{path}/{MANIFEST}")
+            )
+
+    def stage(self, kind: str, name: str, run: str = "") -> "Staging":
         """Begin the next version of an artifact; nothing exists for a reader until `commit`.
+
+        Args:
+            run: who writes; what an earlier process of the same run began is swept away even
+                while that process lives.
 
         Raises:
             StorageError: if another live process is writing the same version.
         """
-        versions = [artifact.version for artifact in self.versions(kind, name)]
-        staging = Staging(self, kind, name, max(versions, default=0) + 1)
+        taken = [
+            found.version
+            for found in self.survey(kind, name)
+            if isinstance(found, Artifact) or found.foreign
+        ]
+        staging = Staging(self, kind, name, max(taken, default=0) + 1, run=run)
         staging.begin()
         return staging
 
+    def sweep(self, kind: str, name: str, version: int) -> None:
+        """Remove what is left of a version that is no artifact."""
+        Staging(self, kind, name, version).abandon()
+
     def delete(self, artifact: "Artifact") -> None:
         """Remove an artifact: its COMMIT first, so that a half-removed one does not exist."""
-        with _storage_errors(f"delete {artifact.id}"):
+        with storage_errors(f"delete {artifact.id}"):
             self.filesystem.delete_file(f"{artifact.path}/{COMMIT}")
             self.filesystem.delete_dir(artifact.path)
 
@@ -203,7 +188,7 @@ class Store:
 
     def _listing(self, path: str) -> list[str]:
         selector = fs.FileSelector(path, allow_not_found=True)
-        with _storage_errors(f"list {path}"):
+        with storage_errors(f"list {path}"):
             found = self.filesystem.get_file_info(selector)
         return [PurePosixPath(info.path).name for info in found]
 
@@ -211,7 +196,7 @@ class Store:
         path = f"{self.base}/{kind}/{name}@{version}"
         commit = self.read(f"{path}/{COMMIT}")
         raw = self.read(f"{path}/{MANIFEST}")
-        if commit is None or raw is None or commit.decode(errors="replace") != _sha256(raw):
+        if commit is None or raw is None or commit.decode(errors="replace") != sha256(raw):
             return None
         manifest = Manifest.decode(raw)
         artifact = Artifact(self, manifest)
@@ -231,7 +216,7 @@ class Store:
         Returns:
             Hash and size of what was written.
         """
-        with _storage_errors(f"write {path}"):
+        with storage_errors(f"write {path}"):
             opened = (
                 durable(Path(path)) if self.is_local else self.filesystem.open_output_stream(path)
             )
@@ -239,6 +224,26 @@ class Store:
                 hashing = Hashing(stream)
                 produce(hashing)
         return hashing
+
+    def verified(self, path: str, entry: FileEntry) -> Iterator[bytes]:
+        """Content of a file in chunks; raises after the last one if it is not what was written.
+
+        Raises:
+            ArtifactError: if it is missing, unreadable or damaged.
+        """
+        digest, size = hashlib.sha256(), 0
+        try:
+            with self.filesystem.open_input_stream(path) as stream:
+                for chunk in chunks_of(stream):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    yield chunk
+        except FileNotFoundError:
+            raise ArtifactError(f"{entry.path} is missing") from None
+        except OSError as error:
+            raise ArtifactError(f"{entry.path}: {reason_of(error)}") from None
+        if (digest.hexdigest(), size) != (entry.sha256, entry.bytes):
+            raise ArtifactError(f"{entry.path} is damaged")
 
     def read(self, path: str) -> bytes | None:
         """Content of a file by its path in the filesystem; None where there is none."""
@@ -249,7 +254,7 @@ class Store:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StorageError(f"cannot read {path}: {_reason(error)}") from None
+            raise StorageError(f"cannot read {path}: {reason_of(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -287,7 +292,7 @@ class Artifact:
 
     def file(self, path: str) -> str:
         """Path in the store's filesystem of one of its files."""
-        return f"{self.path}/{_inside(path)}"
+        return f"{self.path}/{inside(path)}"
 
     def read_bytes(self, path: str) -> bytes:
         """Content of one file, verified against the manifest.
@@ -299,7 +304,7 @@ class Artifact:
         if entry is None:
             raise ArtifactError(f"{self.id} has no file {path}")
         raw = self.store.read(self.file(path))
-        if raw is None or _sha256(raw) != entry.sha256:
+        if raw is None or sha256(raw) != entry.sha256:
             raise ArtifactError(
                 f"{self.id}: {path} {'is missing' if raw is None else 'is damaged'}"
             )
@@ -307,6 +312,10 @@ class Artifact:
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read_bytes(path))
+
+    def digest(self) -> str:
+        """SHA-256 of its manifest, which names every byte of it."""
+        return sha256(self.store.read(f"{self.path}/{MANIFEST}") or b"")
 
     def verify(self) -> None:
         """Hash every file.
@@ -319,41 +328,38 @@ class Artifact:
                 pass
 
     def _verified(self, entry: FileEntry) -> Iterator[bytes]:
-        """Content of a file in chunks; raises after the last one if it is not what was written."""
-        digest, size = hashlib.sha256(), 0
         try:
-            with self.store.filesystem.open_input_stream(self.file(entry.path)) as stream:
-                for chunk in chunks_of(stream):
-                    digest.update(chunk)
-                    size += len(chunk)
-                    yield chunk
-        except FileNotFoundError:
-            raise ArtifactError(f"{self.id}: {entry.path} is missing") from None
-        except OSError as error:
-            raise ArtifactError(f"{self.id}: {entry.path}: {_reason(error)}") from None
-        if (digest.hexdigest(), size) != (entry.sha256, entry.bytes):
-            raise ArtifactError(f"{self.id}: {entry.path} is damaged")
+            yield from self.store.verified(self.file(entry.path), entry)
+        except ArtifactError as error:
+            raise ArtifactError(f"{self.id}: {error}") from None
 
     @contextmanager
     def local(self, prefix: str = "") -> Iterator[Path]:
-        """Verified files below `prefix` as a local folder: in place, or a copy of a remote one.
+        """Verified files below `prefix` in a private local folder; nothing else is in it.
+
+        Files of a local store are links, so that what was never listed in the manifest is not
+        found by those who look for files by pattern. Those of a remote one are copied.
 
         Raises:
             ArtifactError: if a file is missing or damaged.
         """
         if prefix and not self._only(prefix).manifest.files:
             raise ArtifactError(f"{self.id} has no files below {prefix}")
-        if self.store.is_local:
-            self._only(prefix).verify()
-            yield Path(self.path) / prefix
-            return
         with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
             for entry in self._only(prefix).manifest.files:
                 target = Path(folder) / entry.path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with target.open("wb") as stream:
-                    stream.writelines(self._verified(entry))
+                self._bring(entry, target)
             yield Path(folder) / prefix
+
+    def _bring(self, entry: FileEntry, target: Path) -> None:
+        if self.store.is_local:
+            for _ in self._verified(entry):
+                pass
+            target.symlink_to(self.file(entry.path))
+            return
+        with target.open("wb") as stream:
+            stream.writelines(self._verified(entry))
 
     def _only(self, prefix: str) -> "Artifact":
         files = tuple(e for e in self.manifest.files if e.path.startswith(prefix))
@@ -368,6 +374,9 @@ class Staging:
     kind: str
     name: str
     version: int
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Tells this writing from every other one of the same version."""
+    run: str = ""
 
     @property
     def id(self) -> str:
@@ -380,31 +389,37 @@ class Staging:
     def begin(self) -> None:
         if self.store._read(self.kind, self.name, self.version) is not None:
             raise StorageError(f"{self.id} was just written by another run: run again")
-        holder = (self.store.read(f"{self.path}/{LOCK}") or b"").decode(errors="replace")
-        if _alive(holder):
+        holder, _, run = self._holder()
+        if alive(holder) and not (run and run == self.run):
             raise StorageError(
                 f"{self.id} is being written by process {holder}: wait for it, or give this run "
                 "another name"
             )
         self.abandon()
-        holder_now = f"{socket.gethostname()}:{os.getpid()}".encode()
-        self._write(LOCK, lambda stream: stream.write(holder_now))
+        lines = (myself(), self.token, self.run)
+        self._write(LOCK, lambda stream: stream.write("\n".join(lines).encode()))
+
+    def _holder(self) -> tuple[str, str, str]:
+        """`host:pid`, token and run of who is writing this version; empty for nobody."""
+        raw = (self.store.read(f"{self.path}/{LOCK}") or b"").decode(errors="replace")
+        holder, token, run, *_ = [*raw.split("\n"), "", "", ""]
+        return holder, token, run
 
     def write(self, path: str, content: bytes) -> FileEntry:
-        return self._write(_inside(path), lambda stream: stream.write(content))
+        return self._write(inside(path), lambda stream: stream.write(content))
 
     def write_json(self, path: str, tree: Any) -> FileEntry:
         return self.write(path, json.dumps(tree, indent=1, ensure_ascii=False).encode())
 
     def write_with(self, path: str, produce: Callable[[Any], object]) -> FileEntry:
         """Write whatever `produce` writes to the stream that it is given."""
-        return self._write(_inside(path), produce)
+        return self._write(inside(path), produce)
 
     def copy(self, source: Path, path: str) -> FileEntry:
         """Copy a local file in."""
         with source.open("rb") as stream:
             chunks = chunks_of(stream)
-            return self._write(_inside(path), lambda out: out.writelines(chunks))
+            return self._write(inside(path), lambda out: out.writelines(chunks))
 
     def copy_tree(self, folder: Path, prefix: str = "") -> list[FileEntry]:
         """Copy a local folder in, in order of path."""
@@ -423,7 +438,13 @@ class Staging:
         inputs: Mapping[str, Any] | None = None,
         complete: bool = True,
     ) -> Artifact:
-        """Write the manifest, then COMMIT: from here on the artifact exists."""
+        """Write the manifest, then COMMIT: from here on the artifact exists.
+
+        Raises:
+            StorageError: if it cannot be written, or another writer has taken the version over.
+        """
+        if self._holder()[1] != self.token:
+            raise StorageError(f"{self.id} was taken over by another writer: nothing committed")
         manifest = Manifest(
             kind=self.kind,
             name=self.name,
@@ -441,14 +462,26 @@ class Staging:
         )
         raw = manifest.encode()
         self._write(MANIFEST, lambda stream: stream.write(raw))
-        self._write(COMMIT, lambda stream: stream.write(_sha256(raw).encode()))
-        with _storage_errors(f"commit {self.id}"):
+        self._write(COMMIT, lambda stream: stream.write(sha256(raw).encode()))
+        with storage_errors(f"commit {self.id}"):
             self.store.filesystem.delete_file(f"{self.path}/{LOCK}")
         return Artifact(self.store, manifest)
 
+    def check(self, entry: FileEntry) -> None:
+        """Read a file back.
+
+        Raises:
+            StorageError: if storage does not give what was written to it.
+        """
+        try:
+            for _ in self.store.verified(f"{self.path}/{entry.path}", entry):
+                pass
+        except ArtifactError as error:
+            raise StorageError(f"{self.id}, read back after writing: {error}") from None
+
     def abandon(self) -> None:
         """Remove what was written; safe to call twice."""
-        with _storage_errors(f"remove {self.path}"):
+        with storage_errors(f"remove {self.path}"):
             if self.store.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
                 self.store.filesystem.delete_dir(self.path)
 
@@ -457,39 +490,4 @@ class Staging:
         return FileEntry(path, hashing.digest.hexdigest(), hashing.size)
 
 
-def _sha256(raw: bytes) -> str:
-    return hashlib.sha256(raw).hexdigest()
-
-
-def _inside(path: str) -> str:
-    """Refuse paths that would leave the artifact's directory."""
-    parts = path.split("/")
-    if {"", ".", ".."} & set(parts) or "\0" in path or parts[0] in {MANIFEST, COMMIT, LOCK}:
-        raise ArtifactError(f"{path!r} is not a path inside an artifact")
-    return path
-
-
-def _alive(holder: str) -> bool:
-    """Whether a `host:pid` is a running process of this host; other hosts cannot be asked."""
-    host, _, pid = holder.rpartition(":")
-    if host != socket.gethostname() or not pid.isdigit() or int(pid) == os.getpid():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextmanager
-def _storage_errors(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot {doing}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+__all__ = ["Artifact", "Damage", "FileEntry", "Manifest", "Staging", "Store"]

@@ -15,7 +15,8 @@ import pytest
 
 from cluster import durable
 from cluster.errors import ArtifactError, StorageError, StorageRootError
-from cluster.storage import COMMIT, LOCK, MANIFEST, SCHEMA_VERSION, Artifact, Manifest, Store
+from cluster.manifest import COMMIT, LOCK, MANIFEST, SCHEMA_VERSION
+from cluster.storage import Artifact, Manifest, Store
 from tests.fakes import commit
 
 FILES = {"a.bin": b"alpha" * 100, "deep/er/b.bin": b"beta", "empty": b"", "中文.txt": "文".encode()}
