@@ -14,6 +14,7 @@ from cluster.errors import ConfigError, HeliostatError, TrainingError
 from cluster.session import Session, check_capacity, open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, required, resolved
 from cluster.storage import Artifact, Store
+from pipelines.training import zero
 from pipelines.training.loop import TrainJob, train
 
 FOLLOW_SECONDS = 0.5
@@ -43,6 +44,8 @@ def run(config: RunConfig) -> StageResult:
             workers=config.train.workers,
             cpus_per_worker=config.train.threads_per_worker,
         )
+        device: zero.Device = "cuda" if joined.gpus else "cpu"
+        zero.check(config.train, device, workers=config.train.workers)
         board = telemetry.start_board()
         with _followed(board, config):
             _fit(replace(job, board=board), config, joined, store)

@@ -82,11 +82,19 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _master_copy(self) -> "RunConfig":
-        if self.train.precision == "bf16" and self.train.zero_stage == 0:
+        if self.train.precision in ("bf16", "fp16") and self.train.zero_stage == 0:
             raise ConfigError(
-                "train.precision bf16 needs train.zero_stage 1 or more, which keeps the fp32 "
-                "master copy: take zero_stage 1, or precision autocast"
+                f"train.precision {self.train.precision} needs train.zero_stage 1 or more, which "
+                "keeps the fp32 master copy: take zero_stage 1, or precision autocast"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _family_can(self) -> "RunConfig":
+        if self.family == "image_classifier":
+            for key in ("loss_chunk", "activation_checkpointing"):
+                if getattr(self.train, key):
+                    raise ConfigError(f"family image_classifier knows no train.{key}: leave it out")
         return self
 
     @model_validator(mode="after")

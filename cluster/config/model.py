@@ -29,6 +29,11 @@ class LlamaModel(Section):
     """Standard deviation of the initial weights."""
     tie_embeddings: bool = True
     """Use the token embedding as the output layer too."""
+    document_masking: bool = False
+    """Let no token attend to another document of its row: each is predicted as if it stood alone,
+    and rotary positions start anew with it. Off, because attention then takes a mask of
+    `sequence_length` squared per row in place of the causal kernel. Worth it where documents are
+    short beside `sequence_length`, and for long contexts."""
 
     @model_validator(mode="after")
     def _divides(self) -> "LlamaModel":

@@ -2,9 +2,28 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config.base import OPERATIONAL, Fraction, Positive, Section
+from cluster.errors import ConfigError
+
+Offload = Literal["none", "cpu", "nvme"]
+
+
+class ZeroPlusPlus(Section):
+    """ZeRO++ (Wang et al., arXiv:2306.10209): less traffic between nodes, on GPUs at stage 3."""
+
+    partition_size: Annotated[Positive, OPERATIONAL] = 1
+    """Workers that hold a second copy of the parameters among them, such as those of one node, so
+    that the backward pass gathers within it; 1 keeps none."""
+    quantized_weights: bool = False
+    """Gather parameters as 8-bit integers."""
+    quantized_gradients: bool = False
+    """Reduce gradients as 4-bit integers; `precision` fp16 only."""
+
+    @property
+    def on(self) -> bool:
+        return self != ZeroPlusPlus()
 
 
 class TrainSection(Section):
@@ -38,10 +57,28 @@ class TrainSection(Section):
     """Largest global gradient norm; 0 switches clipping off."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
-    precision: Literal["auto", "fp32", "autocast", "bf16"] = "auto"
+    offload_optimizer: Annotated[Offload, OPERATIONAL] = "none"
+    """Keep the optimizer's state in host memory or on a local disk, and step there. From
+    `zero_stage` 1; `nvme` from 3."""
+    offload_parameters: Annotated[Offload, OPERATIONAL] = "none"
+    """Keep the parameters' shards in host memory or on a local disk until used; `zero_stage` 3."""
+    nvme_path: Annotated[str, OPERATIONAL, Field(pattern="^(/.*)?$")] = ""
+    """Folder of a local disk on every node, for `nvme`."""
+    zero_plus_plus: ZeroPlusPlus = ZeroPlusPlus()
+    precision: Literal["auto", "fp32", "autocast", "bf16", "fp16"] = "auto"
     """`autocast`: fp32 weights, bf16 arithmetic. `bf16`: bf16 weights with an fp32 master copy.
+    `fp16`: the same in fp16 with a loss scale that follows the gradients, for GPUs without bf16.
     `auto`: bf16 on GPUs, autocast on CPUs that compute bf16 in hardware, else fp32. ZeRO stage 0
     keeps no fp32 master copy, so there `auto` is autocast and `bf16` is refused."""
+    activation_checkpointing: Annotated[bool, OPERATIONAL] = False
+    """Keep only the input of each block for the backward pass and compute the rest again: a third
+    more arithmetic for a fraction of the memory."""
+    loss_chunk: Annotated[int, OPERATIONAL, Field(ge=0)] = 0
+    """Positions whose logits exist at once in a language model's loss; 0 takes all. Where the
+    vocabulary is large, logits are the peak of memory."""
+    compile: Annotated[bool, OPERATIONAL] = False
+    """Compile the model (torch.compile): some tens of seconds at each start for faster steps; below
+    `zero_stage` 3, with a C++ compiler where there is no GPU."""
     shuffle_window: Positive = 16
     """Row groups whose rows are shuffled together; a reader holds this many."""
     checkpoint_every: Annotated[Positive, OPERATIONAL] = 200
@@ -50,3 +87,53 @@ class TrainSection(Section):
     """Newest checkpoints of a run that are kept."""
     max_failures: Annotated[int, OPERATIONAL, Field(ge=0, le=10_000)] = 3
     """Times that lost workers are replaced before the run is given up."""
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> "TrainSection":
+        stage, devices = self.zero_stage, (self.offload_optimizer, self.offload_parameters)
+        if self.offload_optimizer == "cpu" and stage == 0:
+            raise ConfigError("train.offload_optimizer cpu needs train.zero_stage 1 or more, not 0")
+        if self.offload_optimizer == "nvme" and stage < 3:
+            raise ConfigError(
+                f"train.offload_optimizer nvme needs train.zero_stage 3, not {stage}: take "
+                "zero_stage 3, or offload_optimizer cpu"
+            )
+        if self.offload_parameters != "none" and stage < 3:
+            raise ConfigError(
+                f"train.offload_parameters {self.offload_parameters} needs train.zero_stage 3, "
+                f"not {stage}"
+            )
+        if ("nvme" in devices) != bool(self.nvme_path):
+            missing = "train.nvme_path" if "nvme" in devices else "an offload to nvme"
+            given = "an offload to nvme" if "nvme" in devices else "train.nvme_path"
+            raise ConfigError(f"{given} is set without {missing}: give both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _zero_plus_plus_fits(self) -> "TrainSection":
+        plus = self.zero_plus_plus
+        if plus.on and self.zero_stage < 3:
+            raise ConfigError(
+                f"train.zero_plus_plus needs train.zero_stage 3, not {self.zero_stage}"
+            )
+        if plus.quantized_weights and self.precision in ("fp32", "autocast"):
+            raise ConfigError(
+                f"train.zero_plus_plus.quantized_weights would round the fp32 weights of "
+                f"train.precision {self.precision} to 8 bits: take precision bf16 or fp16"
+            )
+        if plus.quantized_gradients and self.precision != "fp16":
+            # Its kernel reads any gradient as if it were fp16 (csrc/quantization/pt_binding.cpp).
+            raise ConfigError(
+                "train.zero_plus_plus.quantized_gradients needs train.precision fp16, not "
+                f"{self.precision}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compiles(self) -> "TrainSection":
+        if self.compile and self.zero_stage == 3:
+            raise ConfigError(
+                "train.compile needs whole parameters: take train.zero_stage 2 or less, or "
+                "compile false"
+            )
+        return self

@@ -36,6 +36,8 @@ Example = dict[str, np.ndarray]
 Batch = dict[str, "torch.Tensor"]
 Facts = Mapping[str, Any]
 """What an encoder found out and a model needs: `vocab_size`, `labels`, ... Plain JSON."""
+IGNORED = -100
+"""Label of a position that is not predicted (padding), as PyTorch's cross entropy has it."""
 
 
 class Encoder(Protocol):

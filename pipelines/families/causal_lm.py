@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cluster.config import LlamaModel, RunConfig, TextData
 from pipelines.families.base import (
+    IGNORED,
     Batch,
     Encoder,
     Evaluation,
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
-IGNORED = -100
-"""Label of a position that is not predicted (padding), as PyTorch's cross entropy has it."""
-
 
 class CausalLM:
     name = "causal_lm"
@@ -41,6 +39,8 @@ class CausalLM:
 
     def build_model(self, config: RunConfig, facts: Facts) -> torch.nn.Module:
         from transformers import AutoModelForCausalLM, LlamaConfig
+
+        from pipelines.families.losses import LossHead
 
         model, data = config.model, config.data
         assert isinstance(model, LlamaModel) and isinstance(data, TextData)
@@ -59,7 +59,11 @@ class CausalLM:
             eos_token_id=facts["end_of_text"],
             pad_token_id=facts["end_of_text"],
         )
-        return AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa")
+        built = AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa")
+        if config.train.loss_chunk:
+            head = LossHead(built.get_output_embeddings(), config.train.loss_chunk)
+            built.set_output_embeddings(head)
+        return built
 
     def example(
         self, config: RunConfig, facts: Facts, row: Row, rng: np.random.Generator | None
@@ -67,30 +71,35 @@ class CausalLM:
         tokens, used = np.asarray(row["tokens"], dtype=np.int64), int(row["used"])
         labels = tokens[1:].copy()
         labels[used - 1 :] = IGNORED
-        return {"input_ids": tokens[:-1], "labels": labels}
+        example = {"input_ids": tokens[:-1], "labels": labels}
+        assert isinstance(config.model, LlamaModel)
+        if config.model.document_masking:
+            example["position_ids"] = restarting(row["segment_starts"], len(labels))
+        return example
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         import torch
 
         return {
             key: torch.from_numpy(np.stack([example[key] for example in examples]))
-            for key in ("input_ids", "labels")
+            for key in examples[0]
         }
 
     def count(self, batch: Batch) -> int:
         return int((batch["labels"] != IGNORED).sum())
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        import torch.nn.functional as F  # noqa: N812 (the name that all of PyTorch's users know)
+        from pipelines.families.losses import LossHead, cross_entropy
 
-        # Without use_cache=False stock models ignore position restarts and keep keys and values.
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            batch["labels"].flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
+        inputs: dict[str, Any] = {key: batch[key] for key in batch if key != "labels"}
+        # Otherwise stock models ignore position restarts, and keep keys and values for nothing.
+        inputs["use_cache"] = False
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(head, LossHead):
+            with head.predicting(batch["labels"]):
+                loss: torch.Tensor = model(**inputs).logits
+            return loss
+        return cross_entropy(model(**inputs).logits, batch["labels"])
 
     def evaluate(self, job: EvaluationJob) -> Evaluation:
         from pipelines.evaluation import language
@@ -113,6 +122,20 @@ class CausalLM:
 
     def predictor(self, folder: Path) -> Predictor:
         raise TypeError("a causal language model generates: serve it with the generation engine")
+
+
+def restarting(segment_starts: np.ndarray, length: int) -> np.ndarray:
+    """Positions that begin at 0 with each document of a row; int64 [length].
+
+    Stock models take a position that does not follow the one before it for the border of packed
+    documents, and let no token attend across (transformers `find_packed_sequence_indices`). A
+    document that began in the row before starts at 0 here: rotary positions count differences.
+    """
+    starts = np.zeros(length, dtype=np.int64)
+    inside = np.asarray(segment_starts, dtype=np.int64)
+    inside = inside[inside < length]
+    starts[inside] = inside
+    return np.arange(length) - np.maximum.accumulate(starts)
 
 
 FAMILY = CausalLM()

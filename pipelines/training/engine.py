@@ -53,8 +53,11 @@ class Engine:
 
     def __init__(self, config: RunConfig, family: Family, facts: Facts, world: World) -> None:
         self.config, self.family, self.world = config, family, world
-        self.precision = zero.precision(config.train, world.device.type)  # type: ignore[arg-type]
-        settings = zero.deepspeed_config(config.train, workers=world.size, precision=self.precision)
+        device: Any = world.device.type
+        self.precision = zero.precision(config.train, device)
+        settings = zero.deepspeed_config(
+            config.train, workers=world.size, precision=self.precision, device=device
+        )
         _quiet()
         deepspeed = _import_deepspeed(world.device.type)
         model = _build_model(config, family, facts, settings)
@@ -62,6 +65,8 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        if config.train.compile:
+            self._engine.compile()
 
     @property
     def module(self) -> torch.nn.Module:
@@ -142,7 +147,13 @@ def _build_model(
     import torch
 
     torch.manual_seed(config.seed)
-    return family.build_model(config, facts)
+    model: Any = family.build_model(config, facts)
+    if config.train.activation_checkpointing:
+        # Reentrant checkpoints run a backward pass inside of the backward pass, which ZeRO's
+        # hooks would take for the end of the step.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    built: torch.nn.Module = model
+    return built
 
 
 def _adamw(model: torch.nn.Module, config: RunConfig, device: str) -> torch.optim.Optimizer:
