@@ -52,10 +52,13 @@ class Lease:
                     "or give this run another name"
                 )
             self._renew()
-        threading.Thread(target=self._keep, daemon=True, name="lease").start()
+        self._keeper = threading.Thread(target=self._keep, daemon=True, name="lease")
+        self._keeper.start()
 
     def release(self) -> None:
         self._end.set()
+        # Or its last heartbeat would bring back what is deleted here.
+        self._keeper.join(timeout=HEARTBEAT_SECONDS)
         found = self._read()
         if found is not None and found["token"] == self._token:
             self._store.filesystem.delete_file(self._path)

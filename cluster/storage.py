@@ -482,8 +482,11 @@ class Staging:
     def abandon(self) -> None:
         """Remove what was written; safe to call twice."""
         with storage_errors(f"remove {self.path}"):
-            if self.store.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
-                self.store.filesystem.delete_dir(self.path)
+            files = self.store.filesystem
+            if files.get_file_info(f"{self.path}/{COMMIT}").type == fs.FileType.File:
+                files.delete_file(f"{self.path}/{COMMIT}")
+            if files.get_file_info(self.path).type != fs.FileType.NotFound:
+                files.delete_dir(self.path)
 
     def _write(self, path: str, produce: Callable[[Any], object]) -> FileEntry:
         hashing = self.store.write(f"{self.path}/{path}", produce)

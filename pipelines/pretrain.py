@@ -3,18 +3,19 @@
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from cluster import progress, telemetry
+from cluster import lease, progress, telemetry
 from cluster.config import RunConfig
-from cluster.errors import ConfigError, HeliostatError, TrainingError
+from cluster.errors import HeliostatError, TrainingError
+from cluster.journal import Journal
 from cluster.session import Session, check_capacity, open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, required, resolved
 from cluster.storage import Artifact, Store
-from pipelines.training import zero
+from pipelines.training import checkpoint, elastic, zero
 from pipelines.training.loop import TrainJob, train
 
 FOLLOW_SECONDS = 0.5
@@ -32,52 +33,86 @@ def run(config: RunConfig) -> StageResult:
 
     Raises:
         CapacityError: if the cluster cannot hold the workers.
+        StorageError: if another live run has the name, or storage does not take a checkpoint.
         TrainingError: if the run failed more often than `train.max_failures` allows.
     """
     store = open_store(config)
+    with lease.held(store, config.name):
+        return _run(config, store)
+
+
+def _run(config: RunConfig, store: Store) -> StageResult:
     corpus = required("pretrain", store, config)
     job = _job(store, corpus, config)
     began = time.monotonic()
     with session(config) as joined:
         check_capacity(
             joined,
-            workers=config.train.workers,
+            workers=config.train.world_sizes[0],
             cpus_per_worker=config.train.threads_per_worker,
         )
-        device: zero.Device = "cuda" if joined.gpus else "cpu"
-        zero.check(config.train, device, workers=config.train.workers)
+        for size in config.train.world_sizes:
+            zero.check(config.train, "cuda" if joined.gpus else "cpu", workers=size)
+        _reshard(job, config, store)
         board = telemetry.start_board()
         with _followed(board, config):
             _fit(replace(job, board=board), config, joined, store)
+    elastic.discard(store, config.name, job.run)
     return _result(store, config, time.monotonic() - began)
 
 
 def _job(store: Store, corpus: Artifact, config: RunConfig) -> TrainJob:
     """A new run, or the one whose unfinished checkpoint fits."""
     mark = fingerprint(BY_VERB["pretrain"], config, corpus, {})
-    newest = store.latest("checkpoint", config.name)
-    resume = (
-        newest is not None
-        and not config.fresh
-        and not newest.manifest.complete
-        and newest.manifest.fingerprint == mark
-    )
-    if resume and newest is not None:
-        run = str(newest.manifest.detail["run"])
-        _check_world(newest, config)
+    last = None if config.fresh else checkpoint.last(store, config.name)
+    resume = last is not None and not last.manifest.complete and last.manifest.fingerprint == mark
+    if resume and last is not None:
+        run = str(last.manifest.detail["run"])
     else:
         run = f"{config.name}-{uuid.uuid4().hex[:10]}"
     return TrainJob(resolved(config), store.uri, (corpus.name, corpus.version), run, mark)
 
 
-def _check_world(checkpoint: Artifact, config: RunConfig) -> None:
-    saved = checkpoint.manifest.detail["world_size"]
-    if saved != config.train.workers:
-        raise ConfigError(
-            f"{checkpoint.id} was saved by {saved} workers and train.workers is "
-            f"{config.train.workers}: continue with train.workers={saved}, or start over with "
-            "--fresh"
-        )
+def _reshard(job: TrainJob, config: RunConfig, store: Store) -> None:
+    """Convert the newest checkpoint before the launch, where no allowed number of workers can load
+    it as it is. Workers that turn out to need it after a restart convert by themselves.
+
+    Raises:
+        ConfigError: if `train.zero_stage` cannot continue it.
+    """
+    train = config.train
+
+    def fits_nowhere(saved: Artifact) -> bool:
+        return all(elastic.needed(saved, size, train.zero_stage) for size in train.world_sizes)
+
+    versions = store.versions("checkpoint", config.name)
+    own = [artifact for artifact in versions if artifact.manifest.detail.get("run") == job.run]
+    # The newest first without reading its files, which most resumptions need not do here.
+    if not own or not fits_nowhere(own[-1]):
+        return
+    found = checkpoint.newest(store, config.name, job.run)
+    if found is None or not fits_nowhere(found):
+        return
+    saved = found.manifest.detail
+    progress.say(
+        f"pretrain: converting {found.id}, saved by {saved['world_size']} workers at ZeRO "
+        f"stage {saved['zero_stage']}"
+    )
+    _on_a_node(elastic.ensure, found)
+
+
+def _on_a_node(work: Callable[[Artifact], Artifact], artifact: Artifact) -> Artifact:
+    """Run in a process of its own on some node, which has DeepSpeed see no GPU."""
+    import ray
+
+    task = ray.remote(
+        num_cpus=1, max_retries=1, runtime_env={"env_vars": {"DS_ACCELERATOR": "cpu"}}
+    )
+    try:
+        made: Artifact = ray.get(task(work).remote(artifact))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    return made
 
 
 def _fit(job: TrainJob, config: RunConfig, joined: Session, store: Store) -> None:
@@ -92,7 +127,7 @@ def _fit(job: TrainJob, config: RunConfig, joined: Session, store: Store) -> Non
         _worker,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.workers,
+            num_workers=settings.workers,  # a tuple lets Ray choose, and choose again
             use_gpu=gpu,
             resources_per_worker={
                 "CPU": settings.threads_per_worker,
@@ -106,6 +141,7 @@ def _fit(job: TrainJob, config: RunConfig, joined: Session, store: Store) -> Non
             storage_path=f"{store.base}/.ray",
             storage_filesystem=store.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            callbacks=[_watch(store, job.run)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             worker_runtime_env={"env_vars": _environment(settings.threads_per_worker, gpu=gpu)},
         ),
@@ -114,6 +150,43 @@ def _fit(job: TrainJob, config: RunConfig, joined: Session, store: Store) -> Non
         trainer.fit()
     except TrainingFailedError as error:
         raise _named(error) from error
+
+
+def _watch(store: Store, run: str) -> Any:
+    """Sees each failure of workers before Ray Train decides what to do about it.
+
+    Ray would launch again after any failure. Raising here makes it one of its controller, which
+    ends the run: what a worker says on purpose would only be said again.
+    """
+    import ray.train
+
+    class Watch(ray.train.UserCallback):
+        def after_exception(
+            self, run_context: Any, worker_exceptions: Mapping[int, Exception]
+        ) -> None:
+            said = final(worker_exceptions)
+            Journal(store, run).write(
+                "stopped" if said else "worker_lost",
+                ranks=sorted(worker_exceptions),
+                reasons=sorted({_last_line(error) for error in worker_exceptions.values()}),
+            )
+            if said is not None:
+                raise said
+
+    return Watch()
+
+
+def final(errors: Mapping[int, Exception]) -> HeliostatError | None:
+    """The error, of those that workers failed with, that another launch would meet again.
+
+    None where a worker vanished: what the others then say may only follow from that.
+    """
+    from ray.exceptions import RayError
+    from ray.train.v2._internal.exceptions import RayTrainError
+
+    if any(isinstance(error, RayError | RayTrainError) for error in errors.values()):
+        return None
+    return next((error for error in errors.values() if isinstance(error, HeliostatError)), None)
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -175,9 +248,14 @@ def _result(store: Store, config: RunConfig, seconds: float) -> StageResult:
 
 def _named(error: Exception) -> HeliostatError:
     """The reason below Ray's wrapping: our own error as it is, anything else by its last line."""
-    causes = list(getattr(error, "worker_failures", {}).values()) or [error.__cause__ or error]
+    below = getattr(error, "controller_failure", None) or error.__cause__ or error
+    causes = list(getattr(error, "worker_failures", {}).values()) or [below]
     for cause in causes:
         if isinstance(cause, HeliostatError):
             return cause
-    lines = [line for line in str(causes[0]).splitlines() if line.strip()]
-    return TrainingError(f"training failed: {lines[-1].strip() if lines else type(error).__name__}")
+    return TrainingError(f"training failed: {_last_line(causes[0])}")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

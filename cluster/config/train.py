@@ -1,13 +1,32 @@
 """`train`: how the model learns."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from cluster.config.base import OPERATIONAL, Fraction, Positive, Section
 from cluster.errors import ConfigError
 
 Offload = Literal["none", "cpu", "nvme"]
+MOST_WORKERS = 100_000
+
+
+def _workers(value: Any) -> Any:
+    """One number, or the least and the most, as a tuple."""
+    sizes = value if isinstance(value, list | tuple) else [value]
+    if any(type(size) is not int for size in sizes) or (sizes is value and len(sizes) != 2):
+        raise ConfigError(
+            f"train.workers: input should be a number or [least, most], not {value!r}"
+        )
+    if not 1 <= sizes[0] <= sizes[-1] <= MOST_WORKERS:
+        raise ConfigError(
+            f"train.workers: input should be from 1 to {MOST_WORKERS}, the least first, "
+            f"not {value!r}"
+        )
+    return tuple(sizes) if sizes is value else value
+
+
+Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
 
 
 class ZeroPlusPlus(Section):
@@ -33,8 +52,10 @@ class TrainSection(Section):
     """Rows per optimizer step, over all workers."""
     micro_batch: Annotated[int, OPERATIONAL, Field(ge=0)] = 0
     """Rows that one worker runs at once; 0 takes its whole share of the global batch."""
-    workers: Annotated[int, OPERATIONAL, Field(ge=1, le=100_000)] = 2
-    """Training processes; each owns one GPU, or one CPU where the cluster has none."""
+    workers: Annotated[Workers, OPERATIONAL] = 2
+    """Training processes; each owns one GPU, or one CPU where the cluster has none. `[least, most]`
+    lets the run go on with fewer when nodes are lost, and with more when they come back; batches
+    and losses stay those of any fixed number."""
     threads_per_worker: Annotated[int, OPERATIONAL, Field(ge=1, le=1024)] = 1
     """CPU threads of each worker, reserved from the cluster."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
@@ -55,8 +76,9 @@ class TrainSection(Section):
     """Applied to matrices only; vectors (norms, biases) are exempt."""
     gradient_clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], OPERATIONAL] = 2
+    """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 parameters too. A run may change
+    between these three where it was stopped; 0 shards nothing and continues as 0 only."""
     offload_optimizer: Annotated[Offload, OPERATIONAL] = "none"
     """Keep the optimizer's state in host memory or on a local disk, and step there. From
     `zero_stage` 1; `nvme` from 3."""
@@ -85,8 +107,33 @@ class TrainSection(Section):
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[Positive, OPERATIONAL] = 2
     """Newest checkpoints of a run that are kept."""
+    keep_best: Annotated[int, OPERATIONAL, Field(ge=0)] = 0
+    """Checkpoints that are kept beside them for the lowest loss: on held-out data where rows of the
+    history carry it, else the mean over the steps since the checkpoint before."""
+    save_timeout_seconds: Annotated[float, OPERATIONAL, Field(gt=0, le=86_400)] = 600.0
+    """Time that storage has for a checkpoint; training goes on meanwhile, and waits for it only
+    when the next one is due."""
     max_failures: Annotated[int, OPERATIONAL, Field(ge=0, le=10_000)] = 3
     """Times that lost workers are replaced before the run is given up."""
+    max_skipped: Annotated[Positive, OPERATIONAL] = 3
+    """Steps in a row that may be skipped because loss or gradient are not finite; then it stops."""
+    on_spike: Annotated[Literal["continue", "stop", "rewind"], OPERATIONAL] = "continue"
+    """When the loss leaps up: write it to the journal and go on; stop; or go back to the last
+    checkpoint before it and leave out the batches from there to here."""
+    spike_deviations: Annotated[float, OPERATIONAL, Field(ge=0, le=1000)] = 8.0
+    """A leap is a loss above its running mean by this many running deviations; 0 looks for none."""
+    spike_steps: Annotated[int, OPERATIONAL, Field(ge=1, le=100)] = 2
+    """Steps in a row that make a leap."""
+    hang_seconds: Annotated[float, OPERATIONAL, Field(ge=5, le=86_400)] = 25.0
+    """A worker that gives no sign of life for this long is taken for hung, and replaced."""
+    grace_seconds: Annotated[float, OPERATIONAL, Field(ge=0, le=3600)] = 20.0
+    """Time to commit a checkpoint after Ctrl-C or SIGTERM; 0 ends at once."""
+
+    @property
+    def world_sizes(self) -> range:
+        """Every number of workers that the run may have."""
+        sizes = self.workers if isinstance(self.workers, tuple) else (self.workers,)
+        return range(sizes[0], sizes[-1] + 1)
 
     @model_validator(mode="after")
     def _offload_fits(self) -> "TrainSection":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,14 @@ class StepOutcome:
     """Mean over the predictions of the whole global batch, nats."""
     predictions: int
     gradient_norm: float
+    """Before clipping; not finite where the step was skipped."""
+    skipped: bool
+    """Loss or gradient were not finite on some rank: weights and optimizer stayed as they were."""
+    own_seconds: float
+    """That this rank spent in its forward passes. No collective is in them below ZeRO stage 3; at
+    stage 3, whose forward passes gather parameters from all ranks, it is 0."""
+    signals: tuple[bool, ...]
+    """Signals that any rank raised, in the order in which they were given."""
 
 
 class Engine:
@@ -58,6 +68,11 @@ class Engine:
         settings = zero.deepspeed_config(
             config.train, workers=world.size, precision=self.precision, device=device
         )
+        # DeepSpeed does not guard the plain optimizer of stage 0: we clip, and drop what is bad.
+        self._plain = config.train.zero_stage == 0 and self.precision in ("fp32", "autocast")
+        if self._plain:
+            settings["gradient_clipping"] = 0.0
+        self._norm = 0.0
         _quiet()
         deepspeed = _import_deepspeed(world.device.type)
         model = _build_model(config, family, facts, settings)
@@ -69,35 +84,85 @@ class Engine:
             self._engine.compile()
 
     @property
+    def deepspeed(self) -> Any:
+        return self._engine
+
+    @property
     def module(self) -> torch.nn.Module:
         module: torch.nn.Module = self._engine.module
         return module
 
-    def step(self, micro_batches: list[Batch], *, learning_rate: float, seed: int) -> StepOutcome:
+    def step(
+        self,
+        micro_batches: list[Batch],
+        *,
+        learning_rate: float,
+        seed: int,
+        signals: tuple[bool, ...] = (),
+    ) -> StepOutcome:
         """One optimizer step over this rank's share of the global batch.
 
         Args:
             seed: of everything random inside the model (dropout) at this step and rank.
+            signals: what this rank wants all ranks to know; it rides on the count's reduction.
         """
         import torch
 
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        torch.manual_seed(seed)
+        _seed(seed)
         counts = sum(self.family.count(batch) for batch in micro_batches)
-        predictions = int(self._sum(torch.tensor(float(counts))))
+        told = self._sum(torch.tensor([float(counts), *map(float, signals)], dtype=torch.float64))
+        predictions = int(told[0])
+        scale = self.world.size / max(1, predictions)
         total = torch.zeros((), dtype=torch.float32, device=self.world.device)
-        for batch in micro_batches:
-            loss = self.family.loss(self._engine, batch)
-            self._engine.backward(loss * (self.world.size / predictions), scale_wrt_gas=False)
+        buffers = [buffer.clone() for buffer in self.module.buffers()]
+        watch = Stopwatch(self.world.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            with watch:
+                loss = self.family.loss(self._engine, batch)
+            # Adding zero times the loss turns every gradient into NaN where the loss is not finite,
+            # so that the gradient alone decides; elsewhere it changes no bit.
+            self._engine.backward(loss * (scale + 0 * loss.detach()), scale_wrt_gas=False)
+            if self._plain and number == len(micro_batches):
+                self._clip_or_drop()
             self._engine.step()
             total += loss.detach()
-        norm = self._engine.get_global_grad_norm()
+        norm, skipped = self._norm_and_verdict()
+        if skipped:
+            for buffer, before in zip(self.module.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         return StepOutcome(
-            self._sum(total) / predictions,
+            float(self._sum(total)) / max(1, predictions),
             predictions,
-            float(norm) if norm is not None else float("nan"),
+            norm,
+            skipped,
+            watch.seconds() if self.config.train.zero_stage < 3 else 0.0,
+            tuple(bool(count) for count in told[1:]),
         )
+
+    def _clip_or_drop(self) -> None:
+        """Clip the gradient of a plain optimizer, or drop it where it is not finite.
+
+        Reduced gradients are equal on all ranks, so each comes to the same verdict by itself. Where
+        no parameter has a gradient, AdamW changes neither weights nor its own state.
+        """
+        import torch
+
+        clip = self.config.train.gradient_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), clip)
+        self._norm = float(norm)
+        if not math.isfinite(self._norm):
+            for parameter in self.module.parameters():
+                parameter.grad = None
+
+    def _norm_and_verdict(self) -> tuple[float, bool]:
+        """Gradient norm of the step that just ended, and whether it was skipped."""
+        if self._plain:
+            return self._norm, not math.isfinite(self._norm)
+        norm = self._engine.get_global_grad_norm()
+        value = float(norm) if norm is not None else float("nan")
+        return value, not self._engine.was_step_applied()
 
     def average_buffers(self) -> None:
         """Make buffers that each rank computed from its own rows (BatchNorm) equal on all ranks."""
@@ -132,12 +197,41 @@ class Engine:
     def close(self) -> None:
         self._engine.destroy()
 
-    def _sum(self, value: torch.Tensor) -> float:
+    def _sum(self, value: torch.Tensor) -> torch.Tensor:
         import torch.distributed as dist
 
         value = value.to(self.world.device)
         dist.all_reduce(value)
-        return float(value)
+        return value.cpu()
+
+
+class Stopwatch:
+    """Seconds spent inside its `with` blocks: by events on a GPU, which computes later."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        self._began = self._now()
+
+    def __exit__(self, *exc: object) -> None:
+        self._spans.append((self._began, self._now()))
+
+    def seconds(self) -> float:
+        """Of all spans; on a GPU once its work is done."""
+        if self._cuda:
+            return sum(began.elapsed_time(ended) for began, ended in self._spans) / 1000
+        return sum(ended - began for began, ended in self._spans)
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def _build_model(
@@ -154,6 +248,18 @@ def _build_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     built: torch.nn.Module = model
     return built
+
+
+def _seed(seed: int) -> None:
+    """Every generator that code in a model may draw from without being told one."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _adamw(model: torch.nn.Module, config: RunConfig, device: str) -> torch.optim.Optimizer:

@@ -12,20 +12,24 @@ import numpy as np
 
 from cluster import loading
 from cluster.config import RunConfig
+from cluster.journal import Journal
 from cluster.storage import Artifact, Store
 from cluster.telemetry import Row
 from pipelines import families
 from pipelines.data.corpus import Corpus
 from pipelines.families.base import Batch, Family
+from pipelines.training import elastic
+from pipelines.training.agreement import agreed
 from pipelines.training.checkpoint import (
     CheckpointWriter,
     Lineage,
     Progress,
+    check_parent,
     newest,
     progress_of,
 )
 from pipelines.training.engine import Engine, World
-from pipelines.training.sampler import GlobalOrder, RowReader, prefetched, share
+from pipelines.training.sampler import GlobalOrder, RowReader, Sample, prefetched, share
 from pipelines.training.schedule import learning_rate
 from pipelines.training.zero import micro_batch
 
@@ -69,9 +73,13 @@ def train(job: TrainJob) -> dict[str, Any]:
         job.config,
         corpus.artifact,
         config.train.keep_checkpoints,
+        config.train.keep_best,
     )
-    writer = CheckpointWriter(store, lineage, world)
-    start = _restore(store, config.name, job.run, engine)
+    writer = CheckpointWriter(store, lineage, world, config.train.save_timeout_seconds)
+    start = _restore(store, lineage, engine)
+    writer.begin(start)
+    if world.first:
+        Journal(store, job.run).write("launch", step=start.step, workers=world.size)
     batches = BatchSource(config, family, corpus, world)
     try:
         end = _run_steps(config, engine, batches, writer, start, _Board(job.board, world))
@@ -110,6 +118,7 @@ def _run_steps(
         seconds, mark = seconds + now - mark, now
         history.append(row)
         board.put(row)
+        writer.record(step + 1, batches.taken(step))
         last = step + 1 == train.steps
         if last or (step + 1) % train.checkpoint_every == 0:
             engine.average_buffers()
@@ -139,6 +148,7 @@ class BatchSource:
         groups = self.corpus.row_groups("train")
         self.order = GlobalOrder(groups.sizes, self.config.seed, train.shuffle_window)
         self._reader = RowReader(groups, keep=2 * train.shuffle_window)
+        self._taken: dict[int, list[Sample]] = {}
 
     def between(self, first: int, last: int) -> Iterator[tuple[int, list[Batch]]]:
         for step, batches in zip(range(first, last), prefetched(self.at, first, last), strict=True):
@@ -147,14 +157,19 @@ class BatchSource:
     def at(self, step: int) -> list[Batch]:
         """Micro-batches of this rank at a step, on the host."""
         train = self.config.train
-        rows = [self._example(p) for p in share(step, train.global_batch, *self._place)]
+        positions = share(step, train.global_batch, *self._place)
+        samples = self._taken[step] = [self.order.at(position) for position in positions]
+        rows = [self._example(sample) for sample in samples]
         size = micro_batch(train, self.world.size)
         return [
             self.family.collate(rows[begin : begin + size]) for begin in range(0, len(rows), size)
         ]
 
-    def _example(self, position: int) -> Any:
-        sample = self.order.at(position)
+    def taken(self, step: int) -> list[Sample]:
+        """What this rank's batch of a step was made from; to be asked for once."""
+        return self._taken.pop(step)
+
+    def _example(self, sample: Sample) -> Any:
         rng = np.random.default_rng([self.config.seed, sample.epoch, sample.id])
         row = self._reader.row(sample.id)
         return self.family.example(self.config, self.corpus.facts, row, rng)
@@ -195,20 +210,22 @@ def _join_world(config: RunConfig) -> World:
     return World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
 
-def _restore(store: Store, name: str, run: str, engine: Engine) -> Progress:
+def _restore(store: Store, lineage: Lineage, engine: Engine) -> Progress:
     """Rank 0 chooses the newest good checkpoint, all ranks load it."""
     import torch.distributed as dist
 
     chosen: list[int | None] = [None]
-    if engine.world.first:
-        found = newest(store, name, run)
-        chosen = [found.version if found else None]
+    with agreed(engine.world):
+        if engine.world.first:
+            found = newest(store, lineage.name, lineage.run)
+            if found is not None:
+                check_parent(found, lineage.parent)
+                chosen = [found.version]
     dist.broadcast_object_list(chosen, src=0, device=engine.world.device)
     if chosen[0] is None:
         return Progress(0, 0.0, [])
-    artifact: Artifact = store.artifact("checkpoint", name, chosen[0])
-    with artifact.local("state/") as folder:
-        engine.load(folder.parent)
+    artifact: Artifact = store.artifact("checkpoint", lineage.name, chosen[0])
+    elastic.restore(engine, artifact)
     return progress_of(artifact)
 
 
