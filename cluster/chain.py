@@ -77,7 +77,7 @@ def decide(
         ConfigError: if the config differs from the newest artifact's, with the difference.
     """
     if stage.makes is None:
-        return Decision("run", "it makes no artifact")
+        return Decision("run", "starting the service")
     if newest is None:
         return Decision("run", "nothing made yet")
     if config.fresh:
