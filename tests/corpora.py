@@ -13,15 +13,19 @@ from cluster.storage import Artifact, FileEntry, Staging, Store
 VOCABULARY = 97
 
 
-def counting_corpus(config: RunConfig, rows: int = 200) -> Artifact:
-    """Rows of tokens that count upwards by one or two: soon learned, never boring."""
+def counting_corpus(config: RunConfig, rows: int = 200, *, ragged: bool = False) -> Artifact:
+    """Rows of tokens that count upwards by one or two: soon learned, never boring.
+
+    Args:
+        ragged: end each row at a length of its own, so that rows predict unequally much.
+    """
     assert isinstance(config.data, TextData)
     store = Store(config.storage.root)
     store.check_writable()
     staging = store.stage("corpus", config.name)
     splits, files = {}, []
     for split, count, seed in (("train", rows, 0), ("heldout", 20, 1)):
-        entry, groups = _shard(staging, f"{split}/part-00000.parquet", count, config, seed)
+        entry, groups = _shard(staging, f"{split}/part-00000.parquet", count, config, seed, ragged)
         files.append(entry)
         listed = [{"path": entry.path, "row_groups": groups}]
         splits[split] = {"rows": count, "documents": count, "bytes": count * 100, "files": listed}
@@ -34,16 +38,18 @@ def counting_corpus(config: RunConfig, rows: int = 200) -> Artifact:
 
 
 def _shard(
-    staging: Staging, path: str, rows: int, config: RunConfig, seed: int
+    staging: Staging, path: str, rows: int, config: RunConfig, seed: int, ragged: bool
 ) -> tuple[FileEntry, list[int]]:
     assert isinstance(config.data, TextData)
     width, group = config.data.sequence_length + 1, 16
-    steps = np.random.default_rng(seed).integers(1, 3, (rows, width))
+    rng = np.random.default_rng(seed)
+    steps = rng.integers(1, 3, (rows, width))
+    used = rng.integers(3, width + 1, rows) if ragged else np.full(rows, width)
     tokens = (np.cumsum(steps, axis=1) % VOCABULARY).astype(np.uint16)
     table = pa.table(
         {
             "tokens": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), width),
-            "used": pa.array(np.full(rows, width, np.int32)),
+            "used": pa.array(used.astype(np.int32)),
         }
     )
     buffer = io.BytesIO()

@@ -3,6 +3,7 @@
 A stage's function takes `RunConfig`; everything below it takes its own section.
 """
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -65,19 +66,18 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _batch_divides(self) -> "RunConfig":
         train = self.train
-        if train.global_batch % train.workers:
-            below = train.global_batch // train.workers * train.workers
-            nearest = " or ".join(str(b) for b in (below, below + train.workers) if b)
-            raise ConfigError(
-                f"train.global_batch {train.global_batch} does not divide by train.workers "
-                f"{train.workers}: take {nearest}"
-            )
-        share = train.global_batch // train.workers
-        if train.micro_batch and share % train.micro_batch:
-            raise ConfigError(
-                f"a worker's share of the batch, {share} rows, does not divide by "
-                f"train.micro_batch {train.micro_batch}"
-            )
+        for size in train.world_sizes:
+            if train.global_batch % size:
+                raise ConfigError(
+                    f"train.global_batch {train.global_batch} does not divide by "
+                    f"{_named(size, train)}: {_nearest_batches(train)}"
+                )
+            share = train.global_batch // size
+            if train.micro_batch and share % train.micro_batch:
+                raise ConfigError(
+                    f"a worker's share of the batch, {share} rows, does not divide by "
+                    f"train.micro_batch {train.micro_batch}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -105,6 +105,23 @@ class RunConfig(Section):
                 f"{self.train.steps}"
             )
         return self
+
+
+def _named(size: int, train: TrainSection) -> str:
+    if isinstance(train.workers, int):
+        return f"train.workers {size}"
+    return f"{size}, which train.workers {list(train.workers)} allows"
+
+
+def _nearest_batches(train: TrainSection) -> str:
+    """The next batches below and above that divide by every allowed number of workers."""
+    unit = 1
+    for size in train.world_sizes:
+        unit = math.lcm(unit, size)
+        if unit > 1000 * train.global_batch:
+            return f"take a narrower range, no batch below {unit} divides by all of it"
+    below = train.global_batch // unit * unit
+    return "take " + " or ".join(str(batch) for batch in (below, below + unit) if batch)
 
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 
 from cluster import loading
 from cluster.config import RunConfig
-from cluster.errors import CapacityError, ConfigError
+from cluster.errors import CapacityError
 from cluster.storage import Artifact, Store
 from pipelines import pretrain
 from pipelines.training.checkpoint import load_weights, read_history
@@ -116,8 +116,6 @@ def test_a_stopped_run_continues_with_the_same_command(root: Path) -> None:
     stopped = Store(str(root)).latest("checkpoint", "stopped")
     assert stopped is not None and not stopped.manifest.complete
 
-    with pytest.raises(ConfigError, match="saved by 2 workers"):
-        pretrain.run(tiny(root, "name=stopped", "train.zero_stage=3", "train.workers=1"))
     finished = pretrain.run(config).artifact
     assert finished is not None and finished.manifest.complete
     assert finished.manifest.detail["run"] == stopped.manifest.detail["run"]

@@ -100,7 +100,7 @@ def test_what_is_not_a_recipe_is_refused(tmp_path: Path, content: str | bytes, s
         ("train: {learning_rate: 1e999}", "train.learning_rate: input should be"),
         ("train: {learning_rate: -0.1}", "train.learning_rate: input should be greater than 0"),
         ('train: {learning_rate: "1e-4"}', "train.learning_rate: input should be a valid number"),
-        ("train: {workers: 0}", "train.workers: input should be greater than or equal to 1"),
+        ("train: {workers: 0}", "train.workers: input should be from 1 to 100000"),
         (
             "train: {workers: 3}",
             "train.global_batch 32 does not divide by train.workers 3: take 30",
