@@ -7,6 +7,8 @@ any moment. `heliostat journal RUN` prints it.
 """
 
 import json
+import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +25,11 @@ class Event:
     nanoseconds: int
     name: str
     fields: dict[str, Any]
+
+    def json(self) -> str:
+        """One line of JSON; `at` is Unix time in nanoseconds."""
+        tree = {"at": self.nanoseconds, "event": self.name, **self.fields}
+        return json.dumps(tree, ensure_ascii=False)
 
     def line(self) -> str:
         """`2026-11-22 01:02:03  skipped_step  step=17 loss=nan`."""
@@ -48,7 +55,8 @@ class Journal:
             fields: plain JSON values.
         """
         nanoseconds = time.time_ns()
-        content = json.dumps({"event": name, "at": nanoseconds, **fields}, ensure_ascii=False)
+        tree = {"event": name, "at": nanoseconds, **{k: _json(v) for k, v in fields.items()}}
+        content = json.dumps(tree, ensure_ascii=False)
         path = f"{self.folder}/{nanoseconds:020d}-{name}.json"
         self.store.write(path, lambda stream: stream.write(content.encode()))
 
@@ -63,11 +71,24 @@ class Journal:
             yield Event(fields.pop("at"), fields.pop("event"), fields)
 
 
+def newest_run(store: Store, name: str) -> str | None:
+    """The run of a recipe's name that began last; None where none has a journal."""
+    own = re.compile(re.escape(name) + r"-[0-9a-f]{10}")
+    begun = {run: next(Journal(store, run).events(), None) for run in runs(store)}
+    times = {run: first.nanoseconds for run, first in begun.items() if first and own.fullmatch(run)}
+    return max(times, key=lambda run: times[run], default=None)
+
+
 def runs(store: Store) -> list[str]:
     """Runs that have a journal, oldest first."""
     selector = fs.FileSelector(f"{store.base}/runs", allow_not_found=True)
     found = sorted(store.filesystem.get_file_info(selector), key=lambda info: info.mtime_ns or 0)
     return [info.base_name for info in found if info.type == fs.FileType.Directory]
+
+
+def _json(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity."""
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def _shown(value: Any) -> str:

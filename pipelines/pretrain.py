@@ -15,10 +15,15 @@ from cluster.journal import Journal
 from cluster.session import Session, check_capacity, open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, required, resolved
 from cluster.storage import Artifact, Store
+from pipelines.data.corpus import Corpus
 from pipelines.training import checkpoint, elastic, zero
+from pipelines.training.diary import Suspects
 from pipelines.training.loop import TrainJob, train
+from pipelines.training.watchdog import Deaths, Watchdog, asked_to_stop, stoppable
 
 FOLLOW_SECONDS = 0.5
+WORTH_A_WORD = 0.02
+"""Share of a step that waits for data from which on the progress line says so."""
 # glibc gives activations back to the system after each step and faults them in again in the next;
 # keeping them was worth 1.7x on a 2 M parameter model (mallopt(3): thresholds in bytes).
 KEEP_FREED_MEMORY = {
@@ -55,8 +60,12 @@ def _run(config: RunConfig, store: Store) -> StageResult:
             zero.check(config.train, "cuda" if joined.gpus else "cpu", workers=size)
         _reshard(job, config, store)
         board = telemetry.start_board()
-        with _followed(board, config):
-            _fit(replace(job, board=board), config, joined, store)
+        with _followed(board, store, job.run, config):
+            stoppable(
+                lambda: _fit(replace(job, board=board), config, joined, store),
+                lambda: _asked_to_stop(board),
+                config.train.grace_seconds,
+            )
     elastic.discard(store, config.name, job.run)
     return _result(store, config, time.monotonic() - began)
 
@@ -141,7 +150,7 @@ def _fit(job: TrainJob, config: RunConfig, joined: Session, store: Store) -> Non
             storage_path=f"{store.base}/.ray",
             storage_filesystem=store.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-            callbacks=[_watch(store, job.run)],
+            callbacks=[_watch(store, job, config)],
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             worker_runtime_env={"env_vars": _environment(settings.threads_per_worker, gpu=gpu)},
         ),
@@ -152,7 +161,7 @@ def _fit(job: TrainJob, config: RunConfig, joined: Session, store: Store) -> Non
         raise _named(error) from error
 
 
-def _watch(store: Store, run: str) -> Any:
+def _watch(store: Store, job: TrainJob, config: RunConfig) -> Any:
     """Sees each failure of workers before Ray Train decides what to do about it.
 
     Ray would launch again after any failure. Raising here makes it one of its controller, which
@@ -160,16 +169,25 @@ def _watch(store: Store, run: str) -> Any:
     """
     import ray.train
 
+    journal = Journal(store, job.run)
+    suspects = Suspects(config, Corpus(store.artifact("corpus", *job.corpus)))
+    deaths = Deaths(job.board, suspects)
+
     class Watch(ray.train.UserCallback):
         def after_exception(
             self, run_context: Any, worker_exceptions: Mapping[int, Exception]
         ) -> None:
             said = final(worker_exceptions)
-            Journal(store, run).write(
+            reasons = sorted({_last_line(error) for error in worker_exceptions.values()})
+            journal.write(
                 "stopped" if said else "worker_lost",
                 ranks=sorted(worker_exceptions),
-                reasons=sorted({_last_line(error) for error in worker_exceptions.values()}),
+                reasons=reasons,
             )
+            diagnosis = deaths.another(reasons)
+            if said is None and diagnosis:
+                journal.write("stopped", ranks=[], reasons=[diagnosis])
+                said = TrainingError(diagnosis)
             if said is not None:
                 raise said
 
@@ -199,10 +217,19 @@ def _environment(threads: int, *, gpu: bool) -> dict[str, str]:
     return common if gpu else {**common, "DS_ACCELERATOR": "cpu", **KEEP_FREED_MEMORY}
 
 
+def _asked_to_stop(board: Any) -> bool:
+    at_work = asked_to_stop(board)
+    if at_work:
+        progress.say("pretrain: committing a checkpoint before it ends; Ctrl-C again ends at once")
+    return at_work
+
+
 @contextmanager
-def _followed(board: Any, config: RunConfig) -> Iterator[None]:
-    """Show the workers' figures while the main thread waits in `fit`."""
+def _followed(board: Any, store: Store, run: str, config: RunConfig) -> Iterator[None]:
+    """Show the workers' figures and watch their signs of life while the main thread waits."""
     stop = threading.Event()
+    watchdog = Watchdog(board, store, run, config.train.hang_seconds)
+    gauges = telemetry.Gauges(run, config.name)
     with progress.bar("pretrain", config.train.steps, "steps") as bar:
 
         def follow() -> None:
@@ -213,10 +240,12 @@ def _followed(board: Any, config: RunConfig) -> Iterator[None]:
                 last_round = stop.wait(FOLLOW_SECONDS)
                 try:
                     change, rows = ray.get(board.since.remote(change), timeout=30)
+                    watchdog.look()
                 except ray.exceptions.RayError:
                     return
                 if rows:
                     bar.update(int(rows[-1]["step"]), _note(rows[-1]))
+                    gauges.show({**rows[-1], "slow_rank": float(watchdog.slow_rank)})
                 if last_round:
                     return
 
@@ -230,7 +259,12 @@ def _followed(board: Any, config: RunConfig) -> Iterator[None]:
 
 
 def _note(row: telemetry.Row) -> str:
-    return f"loss {row['loss']:.3f}  {row['predictions_per_second']:,.0f} predictions/s"
+    parts = [f"loss {row['loss']:.3f}", f"{row['predictions_per_second']:,.0f} predictions/s"]
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.0%}")
+    if row["data_wait"] >= WORTH_A_WORD:
+        parts.append(f"waiting for data {row['data_wait']:.0%}")
+    return "  ".join([*parts, f"goodput {row['goodput']:.0%}"])
 
 
 def _result(store: Store, config: RunConfig, seconds: float) -> StageResult:

@@ -136,6 +136,11 @@ class Family(Protocol):
         """Scalar: the sum of the loss over the batch's predictions, in nats, fp32."""
         ...
 
+    def flops_per_prediction(self, config: RunConfig, facts: Facts) -> float | None:
+        """Of forward and backward pass, by the model's formula, recomputation left out. None where
+        the family has no formula; there is no utilisation to show then."""
+        ...
+
     # --- evaluate, publish, serve
     def evaluate(self, job: EvaluationJob) -> Evaluation: ...
 

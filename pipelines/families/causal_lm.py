@@ -101,6 +101,20 @@ class CausalLM:
             return loss
         return cross_entropy(model(**inputs).logits, batch["labels"])
 
+    def flops_per_prediction(self, config: RunConfig, facts: Facts) -> float | None:
+        """6 N + 12 L d s (Chowdhery et al., arXiv:2204.02311, appendix B).
+
+        N are the weights that multiply: all but the input embedding, whose rows are looked up, and
+        the vectors. L layers of width d attend over s positions, as if without the causal mask.
+        """
+        model, data = config.model, config.data
+        assert isinstance(model, LlamaModel) and isinstance(data, TextData)
+        width = model.hidden_size
+        keys_and_values = 2 * width * (width // model.heads) * model.kv_heads
+        layer = 2 * width**2 + keys_and_values + 3 * width * model.intermediate_size
+        weights = model.layers * layer + width * facts["vocab_size"]
+        return 6.0 * weights + 12.0 * model.layers * width * data.sequence_length
+
     def evaluate(self, job: EvaluationJob) -> Evaluation:
         from pipelines.evaluation import language
 

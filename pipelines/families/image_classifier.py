@@ -95,6 +95,9 @@ class ImageClassifier:
         logits = model(pixel_values=batch["pixel_values"]).logits
         return F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
 
+    def flops_per_prediction(self, config: RunConfig, facts: Facts) -> float | None:
+        return None
+
     def evaluate(self, job: EvaluationJob) -> Evaluation:
         from pipelines.evaluation import classification
 

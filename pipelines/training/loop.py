@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from cluster import loading
 from cluster.config import RunConfig
+from cluster.errors import TrainingError
 from cluster.journal import Journal
 from cluster.storage import Artifact, Store
 from cluster.telemetry import Row
 from pipelines import families
 from pipelines.data.corpus import Corpus
 from pipelines.families.base import Batch, Family
-from pipelines.training import elastic
+from pipelines.training import elastic, guard
 from pipelines.training.agreement import agreed
 from pipelines.training.checkpoint import (
     CheckpointWriter,
@@ -28,9 +29,13 @@ from pipelines.training.checkpoint import (
     newest,
     progress_of,
 )
-from pipelines.training.engine import Engine, World
+from pipelines.training.diary import Diary, Suspects
+from pipelines.training.engine import Engine, StepOutcome, World
+from pipelines.training.guard import Verdict
+from pipelines.training.meter import Clock, Rates, peak_memory, peak_of
 from pipelines.training.sampler import GlobalOrder, RowReader, Sample, prefetched, share
 from pipelines.training.schedule import learning_rate
+from pipelines.training.watchdog import Preempted, Pulse
 from pipelines.training.zero import micro_batch
 
 if TYPE_CHECKING:
@@ -51,14 +56,18 @@ class TrainJob:
     """Names the run over all its launches; its checkpoints carry it."""
     fingerprint: str
     board: Any = None
-    """Actor handle of `telemetry.Records`; None keeps the figures to the worker."""
+    """Actor handle of `telemetry.Board`; None keeps the figures to the worker."""
 
 
 def train(job: TrainJob) -> dict[str, Any]:
     """Train from the newest checkpoint of the run to its last step.
 
     Returns:
-        `{"step", "checkpoint"}`: where it ended.
+        `{"step", "seconds"}`: where it ended.
+
+    Raises:
+        TrainingError: where the guard stops the run, naming step and documents.
+        Preempted: if a worker was told to end; the step is committed.
     """
     config = loading.validate(dict(job.config))
     store = Store(job.root)
@@ -77,55 +86,146 @@ def train(job: TrainJob) -> dict[str, Any]:
     )
     writer = CheckpointWriter(store, lineage, world, config.train.save_timeout_seconds)
     start = _restore(store, lineage, engine)
-    writer.begin(start)
-    if world.first:
-        Journal(store, job.run).write("launch", step=start.step, workers=world.size)
+    diary = Diary(Journal(store, job.run), Suspects(config, corpus), writes=world.first)
+    diary.tell("launch", step=start.step, workers=world.size)
     batches = BatchSource(config, family, corpus, world)
+    rates = _rates(config, family, corpus, world, diary.began)
     try:
-        end = _run_steps(config, engine, batches, writer, start, _Board(job.board, world))
-        writer.wait()
+        with Pulse.of(job.board, world, start.step) as pulse:
+            parts = (engine, batches, writer, diary, pulse, rates, _Board(job.board, world))
+            end = _Run(config, store, lineage, *parts).to_the_end(start)
     finally:
         engine.close()
     return {"step": end.step, "seconds": end.seconds}
 
 
-def _run_steps(
-    config: RunConfig,
-    engine: Engine,
-    batches: BatchSource,
-    writer: CheckpointWriter,
-    start: Progress,
-    board: _Board,
-) -> Progress:
-    """The loop itself: take a batch, step, record, now and then save."""
-    train, world = config.train, engine.world
-    history, seconds = list(start.history), start.seconds
-    mark = time.monotonic()
-    for step, micro_batches in batches.between(start.step, train.steps):
-        waited = time.monotonic() - mark
-        rate = learning_rate(train, step)
-        seed = dropout_seed(config.seed, step, world.rank)
-        outcome = engine.step(micro_batches, learning_rate=rate, seed=seed)
-        now = time.monotonic()
+@dataclass
+class _Run:
+    """The loop, and what hangs on it."""
+
+    config: RunConfig
+    store: Store
+    lineage: Lineage
+    engine: Engine
+    batches: BatchSource
+    writer: CheckpointWriter
+    diary: Diary
+    pulse: Pulse
+    rates: Rates
+    board: _Board
+    shift: int = 0
+    """Batches that were left out: step n takes batch n + shift."""
+
+    def to_the_end(self, start: Progress) -> Progress:
+        """To the last step, or until the driver wants it to end."""
+        at, rewinds = start, 0
+        self.shift = guard.shift(start.history)
+        while True:
+            self.writer.begin(at)
+            at, verdict = self._steps(at)
+            if verdict.action == "go":
+                return at
+            if verdict.action == "end":
+                return self._ended(at, verdict)
+            rewinds += 1
+            if verdict.action == "stop" or rewinds > guard.MOST_REWINDS:
+                self._give_up(at, verdict)
+            at = self._rewound(at)
+
+    def _steps(self, start: Progress) -> tuple[Progress, Verdict]:
+        """The loop itself: take a batch, step, record, judge, now and then save."""
+        train, clock, verdict = self.config.train, Clock(), Verdict("go")
+        at = replace(start, history=list(start.history))
+        for step, micro_batches in self.batches.between(start.step, train.steps, self.shift):
+            clock.data_is_there()
+            outcome = self._step(step, micro_batches)
+            at = self._recorded(at, outcome, clock)
+            verdict = self._judged(at, outcome)
+            if verdict.action in ("stop", "rewind"):
+                break
+            due = at.step == train.steps or at.step % train.checkpoint_every == 0
+            if due or verdict.action == "end":
+                self._save(at)
+                clock.restart()
+            if verdict.action == "end":
+                break
+        self.board.flush()
+        self.pulse.at("save")
+        self.writer.wait()
+        return at, verdict
+
+    def _step(self, step: int, micro_batches: list[Batch]) -> StepOutcome:
+        self.pulse.at("step", step + self.shift)
+        outcome = self.engine.step(
+            micro_batches,
+            learning_rate=learning_rate(self.config.train, step),
+            seed=dropout_seed(self.config.seed, step, self.engine.world.rank),
+            signals=self.pulse.signals,
+        )
+        self.writer.record(step + 1, self.batches.taken(step + self.shift))
+        return outcome
+
+    def _recorded(self, at: Progress, outcome: StepOutcome, clock: Clock) -> Progress:
+        waited, seconds = clock.waited, clock.step_is_done()
+        counted = at.seconds + seconds
         row = {
-            "step": float(step + 1),
-            "loss": outcome.loss,
-            "learning_rate": rate,
-            "gradient_norm": outcome.gradient_norm,
-            "predictions_per_second": outcome.predictions / (now - mark),
-            "data_wait": waited / (now - mark),
+            "step": at.step + 1.0,
+            "batch": float(at.step + self.shift),
+            "learning_rate": learning_rate(self.config.train, at.step),
+            "peak_memory_bytes": peak_memory(self.engine.world.device),
+            **self.rates.row(outcome, seconds=seconds, waited=waited, counted=counted),
         }
-        seconds, mark = seconds + now - mark, now
-        history.append(row)
-        board.put(row)
-        writer.record(step + 1, batches.taken(step))
-        last = step + 1 == train.steps
-        if last or (step + 1) % train.checkpoint_every == 0:
-            engine.average_buffers()
-            writer.save(engine, Progress(step + 1, seconds, history), complete=last)
-            mark = time.monotonic()
-    board.flush()
-    return Progress(max(start.step, train.steps), seconds, history)
+        at.history.append(row)
+        row["spike"] = float(guard.spikes(self.config.train, at.history))
+        self.board.put(row)
+        self.pulse.done(at.step + 1, own=waited + outcome.own_seconds, seconds=seconds)
+        return replace(at, step=at.step + 1, seconds=counted)
+
+    def _judged(self, at: Progress, outcome: StepOutcome) -> Verdict:
+        verdict = guard.judge(self.config.train, at.history)
+        if verdict.event:
+            self.diary.tell_of(verdict.event, at.history[-1])
+        if verdict.action == "go" and any(outcome.signals):
+            asked, preempted = outcome.signals
+            return Verdict("end", "preempted" if preempted and not asked else "asked_to_stop")
+        return verdict
+
+    def _save(self, at: Progress) -> None:
+        self.pulse.at("save")
+        self.engine.average_buffers()
+        self.writer.save(self.engine, at, complete=at.step == self.config.train.steps)
+        self.pulse.at("data")
+
+    def _ended(self, at: Progress, verdict: Verdict) -> Progress:
+        self.diary.tell(verdict.event, step=at.step)
+        if verdict.event == "preempted" and at.step < self.config.train.steps:
+            raise Preempted(f"a worker was told to end (SIGTERM): step {at.step} is committed")
+        return at
+
+    def _give_up(self, at: Progress, verdict: Verdict) -> NoReturn:
+        """Raise on all ranks, with the documents that rank 0 looks up."""
+        with agreed(self.engine.world):
+            if self.engine.world.first:
+                message = self.diary.diagnosis(verdict.reason, at.history[-1])
+                raise TrainingError(message)
+        raise AssertionError("rank 0 raises, so all do")
+
+    def _rewound(self, at: Progress) -> Progress:
+        """Back to the newest checkpoint before the leap began; what lies between is left out."""
+        with agreed(self.engine.world):
+            if self.engine.world.first:
+                _forget_after(self.store, self.lineage, at.step - self.config.train.spike_steps)
+        back = _restore(self.store, self.lineage, self.engine)
+        left_out = [back.step + self.shift, at.step + self.shift - 1]
+        self.shift += at.step - back.step
+        self.diary.tell("rewound", step=at.step, to=back.step, batches_left_out=left_out)
+        self.batches = replace(self.batches)  # the old one's thread may still be reading
+        return back
+
+
+def _rates(config: RunConfig, family: Family, corpus: Corpus, world: World, began: float) -> Rates:
+    flops = family.flops_per_prediction(config, corpus.facts)
+    return Rates(world.size, flops, peak_of(world.device), began)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -150,24 +250,26 @@ class BatchSource:
         self._reader = RowReader(groups, keep=2 * train.shuffle_window)
         self._taken: dict[int, list[Sample]] = {}
 
-    def between(self, first: int, last: int) -> Iterator[tuple[int, list[Batch]]]:
-        for step, batches in zip(range(first, last), prefetched(self.at, first, last), strict=True):
+    def between(self, first: int, last: int, shift: int = 0) -> Iterator[tuple[int, list[Batch]]]:
+        """Steps `first` to `last - 1`, with the micro-batches of batch `step + shift`."""
+        ahead = prefetched(self.at, first + shift, last + shift)
+        for step, batches in zip(range(first, last), ahead, strict=True):
             yield step, [_to(batch, self.world.device) for batch in batches]
 
-    def at(self, step: int) -> list[Batch]:
-        """Micro-batches of this rank at a step, on the host."""
+    def at(self, number: int) -> list[Batch]:
+        """Micro-batches of this rank of a global batch, on the host."""
         train = self.config.train
-        positions = share(step, train.global_batch, *self._place)
-        samples = self._taken[step] = [self.order.at(position) for position in positions]
+        positions = share(number, train.global_batch, *self._place)
+        samples = self._taken[number] = [self.order.at(position) for position in positions]
         rows = [self._example(sample) for sample in samples]
         size = micro_batch(train, self.world.size)
         return [
             self.family.collate(rows[begin : begin + size]) for begin in range(0, len(rows), size)
         ]
 
-    def taken(self, step: int) -> list[Sample]:
-        """What this rank's batch of a step was made from; to be asked for once."""
-        return self._taken.pop(step)
+    def taken(self, number: int) -> list[Sample]:
+        """What this rank's part of a batch was made from; to be asked for once."""
+        return self._taken.pop(number)
 
     def _example(self, sample: Sample) -> Any:
         rng = np.random.default_rng([self.config.seed, sample.epoch, sample.id])
@@ -227,6 +329,28 @@ def _restore(store: Store, lineage: Lineage, engine: Engine) -> Progress:
     artifact: Artifact = store.artifact("checkpoint", lineage.name, chosen[0])
     elastic.restore(engine, artifact)
     return progress_of(artifact)
+
+
+def _forget_after(store: Store, lineage: Lineage, step: int) -> None:
+    """Remove the run's checkpoints after a step, so that the newest is one from before it.
+
+    Raises:
+        TrainingError: if there would be none.
+    """
+    own = [
+        artifact
+        for artifact in store.versions("checkpoint", lineage.name)
+        if artifact.manifest.detail.get("run") == lineage.run
+    ]
+    later = [artifact for artifact in own if artifact.manifest.detail["step"] > step]
+    if len(later) == len(own):
+        raise TrainingError(
+            f"the loss leapt after step {step}, and no checkpoint from before it is left to go "
+            "back to: continue with train.on_spike=continue, or take train.checkpoint_every "
+            f"below {max(2, step)}"
+        )
+    for artifact in reversed(later):
+        store.delete(artifact)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
