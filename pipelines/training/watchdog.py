@@ -328,8 +328,8 @@ def stoppable(work: Callable[[], None], ask: Callable[[], bool], grace: float) -
 
     thread = threading.Thread(target=run, daemon=True, name="stoppable")
     with _sigterm_interrupts():
-        thread.start()
         try:
+            thread.start()
             while thread.is_alive():
                 thread.join(0.2)
         except KeyboardInterrupt:

@@ -1,0 +1,90 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from pipelines.training import watchdog
+
+SLEEPER = """
+import time
+def wait_for_ever():
+    print("here", flush=True)
+    time.sleep(600)
+wait_for_ever()
+"""
+
+
+def sleeper() -> tuple[subprocess.Popen, float]:
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"here\n"
+    return process, psutil.Process(process.pid).create_time()
+
+
+def test_a_stopped_process_is_read_and_killed() -> None:
+    process, born = sleeper()
+    process.send_signal(signal.SIGSTOP)
+    dump = watchdog.dump_and_kill(process.pid, born)
+    assert dump is not None, "it was not found"
+    assert "wait_for_ever" in dump and "stopped" in dump, dump
+    assert process.wait(10) == -signal.SIGKILL
+
+
+def test_another_process_of_the_same_number_is_left_alone() -> None:
+    process, born = sleeper()
+    try:
+        assert watchdog.dump_and_kill(process.pid, born - 1000) is None
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    assert watchdog.dump_and_kill(process.pid, born) is None
+
+
+def test_what_is_not_interrupted_ends_as_it_would() -> None:
+    done: list[int] = []
+    watchdog.stoppable(lambda: done.append(1), lambda: True, grace=5)
+    assert done == [1]
+
+    def fails() -> None:
+        raise ValueError("as it is")
+
+    with pytest.raises(ValueError, match="as it is"):
+        watchdog.stoppable(fails, lambda: True, grace=5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_and_waits(number: int) -> None:
+    asked, done = threading.Event(), []
+
+    def work() -> None:
+        os.kill(os.getpid(), number)
+        asked.wait(30)
+        done.append("committed")
+
+    def ask() -> bool:
+        asked.set()
+        return True
+
+    usual = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        watchdog.stoppable(work, ask, grace=30)
+    assert done == ["committed"] and signal.getsignal(signal.SIGTERM) is usual
+
+
+def test_nothing_waits_for_what_does_not_hear() -> None:
+    never = threading.Event()
+
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        never.wait(60)
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        watchdog.stoppable(work, lambda: False, grace=60)
+    assert time.monotonic() - began < 30
+    never.set()
