@@ -288,18 +288,18 @@ def dump_and_kill(pid: int, born: float) -> str | None:
         if abs(process.create_time() - born) > 1 or process.status() == psutil.STATUS_ZOMBIE:
             return None
         state = process.status()
-        stack = _stacks(pid)
+        stack = _stacks(pid, stopped=state == psutil.STATUS_STOPPED)
         process.kill()
     except psutil.NoSuchProcess:
         return None
     return f"process {pid}, {state}\n{stack}"
 
 
-def _stacks(pid: int) -> str:
-    """Of all threads. `--nonblocking`, because a stopped process cannot be stopped to be read."""
+def _stacks(pid: int, *, stopped: bool) -> str:
+    """Of all threads; a process that is stopped already cannot be stopped to be read."""
     beside = Path(sys.executable).with_name(PROFILER)
     command = [str(beside) if beside.exists() else PROFILER]
-    command += ["dump", "--nonblocking", "--pid", str(pid)]
+    command += ["dump", "--pid", str(pid), *(["--nonblocking"] if stopped else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DUMP_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:

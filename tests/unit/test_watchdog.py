@@ -28,6 +28,7 @@ def sleeper() -> tuple[subprocess.Popen, float]:
 def test_a_stopped_process_is_read_and_killed() -> None:
     process, born = sleeper()
     process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)  # until it has stopped
     dump = watchdog.dump_and_kill(process.pid, born)
     assert dump is not None, "it was not found"
     assert "wait_for_ever" in dump and "stopped" in dump, dump
