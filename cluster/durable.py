@@ -20,9 +20,15 @@ class Hashing:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.digest, self.size = hashlib.sha256(), 0
+        self.failure: OSError | None = None
+        """Why storage took no more; a writer above may have buried it under an error of its own."""
 
     def write(self, chunk: Any) -> int:
-        self._stream.write(chunk)
+        try:
+            self._stream.write(chunk)
+        except OSError as error:
+            self.failure = error
+            raise
         self.digest.update(chunk)
         size = memoryview(chunk).nbytes
         self.size += size

@@ -222,7 +222,10 @@ class Store:
             )
             with opened as stream:
                 hashing = Hashing(stream)
-                produce(hashing)
+                try:
+                    produce(hashing)
+                except Exception as error:
+                    raise (hashing.failure or error) from None
         return hashing
 
     def verified(self, path: str, entry: FileEntry) -> Iterator[bytes]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ArtifactError, HeliostatError, StorageError, TrainingError
 from cluster.journal import Journal
+from cluster.manifest import sha256
 from cluster.storage import Artifact, Damage, FileEntry, Staging, Store
 from pipelines.training import ledger
 from pipelines.training.agreement import agree, agreed
@@ -468,6 +469,7 @@ def _collect(
         if listed["token"] != staging.token:
             raise StorageError(f"{staging.id}: the part of rank {rank} is another save's")
         files += [FileEntry(**entry) for entry in listed["files"]]
+        files.append(FileEntry(_rank_file(rank), sha256(raw), len(raw)))
     return files
 
 

@@ -85,7 +85,7 @@ def train(job: TrainJob) -> dict[str, Any]:
         config.train.keep_best,
     )
     writer = CheckpointWriter(store, lineage, world, config.train.save_timeout_seconds)
-    start = _restore(store, lineage, engine)
+    start = restore(store, lineage, engine)
     diary = Diary(Journal(store, job.run), Suspects(config, corpus), writes=world.first)
     diary.tell("launch", step=start.step, workers=world.size)
     batches = BatchSource(config, family, corpus, world)
@@ -215,7 +215,7 @@ class _Run:
         with agreed(self.engine.world):
             if self.engine.world.first:
                 _forget_after(self.store, self.lineage, at.step - self.config.train.spike_steps)
-        back = _restore(self.store, self.lineage, self.engine)
+        back = restore(self.store, self.lineage, self.engine)
         left_out = [back.step + self.shift, at.step + self.shift - 1]
         self.shift += at.step - back.step
         self.diary.tell("rewound", step=at.step, to=back.step, batches_left_out=left_out)
@@ -312,7 +312,7 @@ def _join_world(config: RunConfig) -> World:
     return World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
 
-def _restore(store: Store, lineage: Lineage, engine: Engine) -> Progress:
+def restore(store: Store, lineage: Lineage, engine: Engine) -> Progress:
     """Rank 0 chooses the newest good checkpoint, all ranks load it."""
     import torch.distributed as dist
 
