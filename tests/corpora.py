@@ -29,6 +29,7 @@ def counting_corpus(config: RunConfig, rows: int = 200, *, ragged: bool = False)
         files.append(entry)
         listed = [{"path": entry.path, "row_groups": groups}]
         splits[split] = {"rows": count, "documents": count, "bytes": count * 100, "files": listed}
+    files.append(_lineage(staging, rows))
     return staging.commit(
         files,
         fingerprint=fingerprint(BY_VERB["prepare"], config, None, {}),
@@ -50,9 +51,25 @@ def _shard(
         {
             "tokens": pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), width),
             "used": pa.array(used.astype(np.int32)),
+            "segment_starts": pa.array([[0]] * rows, pa.list_(pa.int32())),
+            "segment_documents": pa.array([[row] for row in range(rows)], pa.list_(pa.int64())),
         }
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, row_group_size=group)
     sizes = [min(group, rows - start) for start in range(0, rows, group)]
     return staging.write(path, buffer.getvalue()), sizes
+
+
+def _lineage(staging: Staging, rows: int) -> FileEntry:
+    """Each training row is a document of its own: `row-17.txt`."""
+    table = pa.table(
+        {
+            "document": pa.array(range(rows), pa.int64()),
+            "path": [f"row-{row}.txt" for row in range(rows)],
+            "row": pa.array([None] * rows, pa.int64()),
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return staging.write("documents/part-00000.parquet", buffer.getvalue())
