@@ -17,8 +17,8 @@ TIMEOUT_SECONDS = 400
 PRELOAD = ["torch", "deepspeed", "transformers.models.auto.modeling_auto", "pyarrow.parquet"]
 
 
-def launch(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`work(world, *arguments)` on that many ranks; what each returned, by rank.
+def launch(ranks: int, work: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
+    """`work(world, *arguments, **named)` on that many ranks; what each returned, by rank.
 
     Args:
         work: a function of an importable module.
@@ -28,7 +28,7 @@ def launch(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_enter, args=(rank, ranks, folder, work, arguments))
+            context.Process(target=_enter, args=(rank, ranks, folder, work, arguments, named))
             for rank in range(ranks)
         ]
         for process in processes:
@@ -45,7 +45,12 @@ def launch(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 
 def _enter(
-    rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    ranks: int,
+    folder: str,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    named: dict[str, Any],
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -62,7 +67,7 @@ def _enter(
             world_size=ranks,
             timeout=timedelta(seconds=TIMEOUT_SECONDS),
         )
-        result = work(World(rank, ranks, torch.device("cpu")), *arguments)
+        result = work(World(rank, ranks, torch.device("cpu")), *arguments, **named)
         (Path(folder) / f"{rank}.out").write_bytes(pickle.dumps(result))
     except BaseException:
         (Path(folder) / f"{rank}.error").write_text(f"rank {rank}\n{traceback.format_exc()}")

@@ -7,7 +7,7 @@ import torch
 from cluster import loading
 from cluster.config import RunConfig
 from cluster.stages import BY_VERB, fingerprint, resolved
-from cluster.storage import Store
+from cluster.storage import Artifact, Store
 from pipelines import families
 from pipelines.data.corpus import Corpus
 from pipelines.training import elastic
@@ -20,14 +20,19 @@ RUN = "run-1"
 
 
 def steps(
-    world: World, tree: dict[str, Any], last: int, source: int | None = None, save: bool = False
+    world: World,
+    tree: dict[str, Any],
+    last: int,
+    *,
+    source: int | None = None,
+    save_at: int | None = None,
 ) -> dict[str, Any]:
     """Train up to a step, from the start or from a checkpoint.
 
     Args:
         tree: a resolved config; its store holds the corpus.
         source: version of the checkpoint to go on from.
-        save: commit an unfinished checkpoint at the end.
+        save_at: a step at which to commit an unfinished checkpoint.
 
     Returns:
         `losses` by step and `buffers` by name, the latter as they are right after the start.
@@ -50,15 +55,19 @@ def steps(
         rate = learning_rate(config.train, step)
         losses.append(engine.step(batches.at(step), learning_rate=rate, seed=step).loss)
         history.append({"step": float(step + 1), "loss": losses[-1]})
-    if save:
-        engine.average_buffers()
-        mark = fingerprint(BY_VERB["pretrain"], config, made, {})
-        lineage = Lineage(config.name, RUN, mark, resolved(config), made, keep=99)
-        writer = CheckpointWriter(store, lineage, world)
-        writer.save(engine, Progress(last, 1.0, history), complete=False)
-        writer.wait()
+        if step + 1 == save_at:
+            _save(engine, config, made, Progress(step + 1, 1.0, list(history)))
     engine.close()
     return {"losses": losses, "buffers": buffers}
+
+
+def _save(engine: Engine, config: RunConfig, corpus: Artifact, progress: Progress) -> None:
+    engine.average_buffers()
+    mark = fingerprint(BY_VERB["pretrain"], config, corpus, {})
+    lineage = Lineage(config.name, RUN, mark, resolved(config), corpus, keep=99)
+    writer = CheckpointWriter(corpus.store, lineage, engine.world)
+    writer.save(engine, progress, complete=False)
+    writer.wait()
 
 
 def gradients(world: World, trees: list[dict[str, Any]]) -> list[dict[str, Any]]:

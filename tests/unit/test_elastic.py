@@ -1,5 +1,6 @@
 """Another number of workers, another ZeRO stage: the same batches, losses and gradients."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -70,64 +71,65 @@ def test_world_size_and_stage_never_change_the_gradient(tmp_path: Path, size: in
                 torch.testing.assert_close(stage["gradients"][name], gradient, rtol=0, atol=1e-6)
 
 
-def saved_at_two(root: Path, stage: int, last: int = 6) -> tuple[dict[str, Any], Artifact]:
-    """A checkpoint of 2 ranks, and the resolved config that made it."""
-    config = tiny(root, f"train.zero_stage={stage}")
-    counting_corpus(config, ragged=True)
-    gloo.launch(2, ranks.steps, resolved(config), last, None, True)
-    checkpoint = Store(str(root)).latest("checkpoint", "tiny")
-    assert checkpoint is not None and checkpoint.manifest.detail["world_size"] == 2
-    return resolved(config), checkpoint
+def newest(root: Path) -> Artifact:
+    found = Store(str(root)).latest("checkpoint", "tiny")
+    assert found is not None
+    return found
 
 
-@pytest.mark.parametrize(("stage", "after", "size"), [(2, 2, 3), (3, 3, 1), (2, 3, 3), (3, 2, 1)])
+@pytest.mark.parametrize(("stage", "after", "size"), [(2, 3, 3), (3, 1, 1)])
 def test_a_checkpoint_goes_on_at_another_size_and_stage(
     tmp_path: Path, stage: int, after: int, size: int
 ) -> None:
-    tree, checkpoint = saved_at_two(tmp_path, stage)
-    (same, _) = gloo.launch(2, ranks.steps, tree, 14, checkpoint.version)
+    config = tiny(tmp_path, f"train.zero_stage={stage}")
     changed = resolved(tiny(tmp_path, f"train.zero_stage={after}"))
-    (there, *_) = gloo.launch(size, ranks.steps, changed, 14, checkpoint.version)
-    assert there["losses"][0] == pytest.approx(same["losses"][0], rel=1e-5)
-    assert there["losses"] == pytest.approx(same["losses"], rel=1e-4)
+    counting_corpus(config, ragged=True)
+    (same, _) = gloo.launch(2, ranks.steps, resolved(config), 10, save_at=5)
+    first = newest(tmp_path)
+    assert first.manifest.detail["world_size"] == 2
+    (there, *_) = gloo.launch(size, ranks.steps, changed, 10, source=first.version, save_at=7)
+    assert there["losses"][0] == pytest.approx(same["losses"][5], rel=1e-5)
+    assert there["losses"] == pytest.approx(same["losses"][5:], rel=1e-4)
 
-    # What it saves there is an ordinary checkpoint: load it plainly, and convert it again.
-    gloo.launch(size, ranks.steps, changed, 9, checkpoint.version, True)
-    again = Store(str(tmp_path)).latest("checkpoint", "tiny")
-    assert again is not None and again.manifest.detail["world_size"] == size
-    (plain, *_) = gloo.launch(size, ranks.steps, changed, 14, again.version)
-    assert plain["losses"] == there["losses"][3:]
-    (back, _) = gloo.launch(2, ranks.steps, tree, 14, again.version)
-    assert back["losses"] == pytest.approx(same["losses"][3:], rel=1e-4)
-    events = [e for e in Journal(checkpoint.store, ranks.RUN).events() if e.name == "resharded"]
-    assert [event.fields["checkpoint"] for event in events] == [checkpoint.id, again.id]
+    # What it saved there is an ordinary checkpoint: load it plainly, and convert it again.
+    second = newest(tmp_path)
+    assert second.manifest.detail["world_size"] == size
+    (plain, *_) = gloo.launch(size, ranks.steps, changed, 9, source=second.version)
+    assert plain["losses"] == there["losses"][2:4]
+    (back, _) = gloo.launch(2, ranks.steps, resolved(config), 9, source=second.version)
+    assert back["losses"] == pytest.approx(same["losses"][7:9], rel=1e-4)
+    events = [e for e in Journal(first.store, ranks.RUN).events() if e.name == "resharded"]
+    assert [event.fields["checkpoint"] for event in events] == [first.id, second.id]
 
 
 def test_stage_0_goes_on_at_any_size_as_it_is(tmp_path: Path) -> None:
-    tree, checkpoint = saved_at_two(tmp_path, 0)
-    (same, _) = gloo.launch(2, ranks.steps, tree, 14, checkpoint.version)
-    (three, *_) = gloo.launch(3, ranks.steps, tree, 14, checkpoint.version)
-    assert three["losses"] == pytest.approx(same["losses"], rel=1e-5)
-    assert checkpoint.store.all(elastic.KIND) == []
+    config = tiny(tmp_path, "train.zero_stage=0")
+    counting_corpus(config, ragged=True)
+    (same, _) = gloo.launch(2, ranks.steps, resolved(config), 8, save_at=4)
+    version = newest(tmp_path).version
+    (there, *_) = gloo.launch(3, ranks.steps, resolved(config), 8, source=version)
+    assert there["losses"] == pytest.approx(same["losses"][4:], rel=1e-5)
+    assert Store(str(tmp_path)).all(elastic.KIND) == []
 
 
 def test_batch_statistics_travel(tmp_path: Path) -> None:
     """Losses of such a model depend on the number of workers; that it goes on does not."""
     config = trained.image_config(
-        tmp_path, train={"global_batch": 12, "precision": "fp32", "warmup_steps": 2, "steps": 60}
+        tmp_path,
+        name="tiny",
+        train={"global_batch": 12, "precision": "fp32", "warmup_steps": 2, "steps": 60},
     )
     trained.corpus(config, trained.pictures(48), trained.pictures(8, seed=1))
-    gloo.launch(2, ranks.steps, resolved(config), 4, None, True)
-    checkpoint = Store(str(tmp_path)).latest("checkpoint", config.name)
-    assert checkpoint is not None
-    (same, other) = gloo.launch(2, ranks.steps, resolved(config), 5, checkpoint.version)
-    (alone,) = gloo.launch(1, ranks.steps, resolved(config), 8, checkpoint.version)
+    gloo.launch(2, ranks.steps, resolved(config), 4, save_at=4)
+    version = newest(tmp_path).version
+    same, other = gloo.launch(2, ranks.steps, resolved(config), 5, source=version)
+    (alone,) = gloo.launch(1, ranks.steps, resolved(config), 7, source=version)
     counters = [v for name, v in alone["buffers"].items() if name.endswith("num_batches_tracked")]
     assert counters and all(int(counter) == 4 for counter in counters)
     for name, value in same["buffers"].items():
         assert torch.equal(value, other["buffers"][name])
         assert torch.equal(value, alone["buffers"][name])
-    assert all(loss == loss for loss in alone["losses"])
+    assert all(math.isfinite(loss) for loss in alone["losses"])
 
 
 def checkpoint_of(store: Store, stage: int = 2, workers: int = 2, **detail: Any) -> Artifact:
