@@ -5,12 +5,13 @@ PYTHON ?= python3.11
 TORCH_INDEX_URL ?=
 BIN := .venv/bin
 
-.PHONY: setup demo test test-unit check bench
+.PHONY: setup demo test test-unit test-chaos check bench
 setup: .venv/.installed
 demo: setup ; $(BIN)/heliostat up gpt-demo
 check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 test: setup ; $(BIN)/pytest tests/unit tests/local_cluster
 test-unit: setup ; $(BIN)/pytest tests/unit
+test-chaos: setup ; $(BIN)/pytest tests/chaos
 bench: setup ; $(BIN)/python benchmarks/main_job.py
 
 # torch goes first and alone, so that the build that pip is set up to offer is the one taken.

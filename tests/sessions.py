@@ -1,0 +1,37 @@
+"""One real local Ray for all tests of a folder: own temporary folder, own ports, a token."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Set before anything imports ray: its configuration is read at import.
+# Short, because Ray's unix sockets live below it and their paths are limited to 107 bytes.
+_TEMPORARY = tempfile.mkdtemp(prefix="hs-", dir="/tmp")
+os.environ["RAY_TMPDIR"] = _TEMPORARY
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = "0" * 63 + "1"
+os.environ.pop("RAY_ADDRESS", None)
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ["RAY_DEDUP_LOGS"] = "0"
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[object]:
+    """A Ray of the test session's own with four CPUs on paper, whatever the machine has."""
+    from cluster import loading
+    from cluster.session import session
+
+    config = loading.load("gpt-demo", ["ray.cpus=4"])
+    with session(config) as joined:
+        yield joined
+    shutil.rmtree(_TEMPORARY, ignore_errors=True)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A storage root of the test's own."""
+    return tmp_path / "root"
