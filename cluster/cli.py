@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster import loading, progress
-from cluster.errors import HeliostatError, UsageError
+from cluster.errors import ConfigError, HeliostatError, UsageError
 from cluster.stages import STAGES
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+DEFAULT_RECIPE = "gpt-demo"
+"""Gives the storage root where a command names no recipe."""
 Recipe = Annotated[str, typer.Argument(help="A name from `heliostat recipes`, or a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes: section.key=value ...", show_default=False)
@@ -78,6 +80,38 @@ def recipes() -> None:
     """List the recipes that come with Heliostat."""
     for name, description in loading.recipes().items():
         print(f"{name:<16} {description}")
+
+
+@app.command()
+def journal(
+    run: Annotated[str, typer.Argument(help="A recipe, for its newest run, or the id of a run.")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per event.")] = False,
+) -> None:
+    """What happened to a training run: starts, skips, leaps, losses of workers, fallbacks."""
+    for event in _journal_of(run, overrides or []).events():
+        print(event.json() if as_json else event.line())
+
+
+def _journal_of(run: str, overrides: list[str]) -> Any:
+    from cluster.journal import Journal, newest_run, runs
+    from cluster.storage import Store
+
+    try:
+        config = loading.load(run, overrides)
+    except ConfigError:
+        store = Store(loading.load(DEFAULT_RECIPE, overrides).storage.root)
+        if run not in runs(store):
+            raise
+        return Journal(store, run)
+    store = Store(config.storage.root)
+    newest = newest_run(store, config.name)
+    if newest is None:
+        known = ", ".join(runs(store)[-5:]) or "none"
+        raise UsageError(
+            f"no run of {config.name} has a journal in {store.uri}; runs that have one: {known}"
+        )
+    return Journal(store, newest)
 
 
 def _run(

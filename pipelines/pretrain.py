@@ -178,16 +178,18 @@ def _watch(store: Store, job: TrainJob, config: RunConfig) -> Any:
             self, run_context: Any, worker_exceptions: Mapping[int, Exception]
         ) -> None:
             said = final(worker_exceptions)
-            reasons = sorted({_last_line(error) for error in worker_exceptions.values()})
+            ending = deaths.another(
+                [_last_line(error) for error in worker_exceptions.values() if not _vanished(error)]
+            )
             journal.write(
                 "stopped" if said else "worker_lost",
                 ranks=sorted(worker_exceptions),
-                reasons=reasons,
+                step=ending.step,
+                reasons=sorted({_last_line(error) for error in worker_exceptions.values()}),
             )
-            diagnosis = deaths.another(reasons)
-            if said is None and diagnosis:
-                journal.write("stopped", ranks=[], reasons=[diagnosis])
-                said = TrainingError(diagnosis)
+            if said is None and ending.diagnosis:
+                journal.write("crash_loop", step=ending.step, reason=ending.diagnosis)
+                said = TrainingError(ending.diagnosis)
             if said is not None:
                 raise said
 
@@ -199,12 +201,17 @@ def final(errors: Mapping[int, Exception]) -> HeliostatError | None:
 
     None where a worker vanished: what the others then say may only follow from that.
     """
+    if any(map(_vanished, errors.values())):
+        return None
+    return next((error for error in errors.values() if isinstance(error, HeliostatError)), None)
+
+
+def _vanished(error: Exception) -> bool:
+    """Whether it says that a worker is gone, which Ray found out, not the worker."""
     from ray.exceptions import RayError
     from ray.train.v2._internal.exceptions import RayTrainError
 
-    if any(isinstance(error, RayError | RayTrainError) for error in errors.values()):
-        return None
-    return next((error for error in errors.values() if isinstance(error, HeliostatError)), None)
+    return isinstance(error, RayError | RayTrainError)
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:

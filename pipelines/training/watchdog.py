@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,6 +231,16 @@ class Watchdog:
         )
 
 
+@dataclass(frozen=True)
+class Ending:
+    """Of one start of the workers."""
+
+    step: int | None
+    """Steps done, as far as is known."""
+    diagnosis: str = ""
+    """Why it is no use to start again, with the documents; empty where it is."""
+
+
 class Deaths:
     """How the starts of the workers ended, under one command. Lives in Ray Train's controller."""
 
@@ -237,8 +248,8 @@ class Deaths:
         self._board, self._suspects = board, suspects
         self._known: list[guard.Death] = []
 
-    def another(self, errors: Sequence[str]) -> str:
-        """Add the end of a start; tells why it is no use to start again, with the documents.
+    def another(self, errors: Sequence[str]) -> Ending:
+        """Add the end of a start.
 
         Args:
             errors: of the workers that had a word to say.
@@ -247,15 +258,17 @@ class Deaths:
 
         try:
             signs = [sign for sign, _, _ in ray.get(self._board.signs.remote(), timeout=30)]
+            # The next start may die before it gives a sign, and is not to be judged by these.
+            self._board.begin.remote("")
         except ray.exceptions.RayError:
-            return ""
+            return Ending(None)
         death = guard.death(signs, errors)
         if death is None:
-            return ""
+            return Ending(None)
         self._known.append(death)
         reason = guard.crash_loop(self._known)
         batch = max(sign.batch for sign in signs)
-        return f"{reason}; {named(self._suspects.of(batch))}" if reason else ""
+        return Ending(death.step, f"{reason}; {named(self._suspects.of(batch))}" if reason else "")
 
 
 def _writer_of(text: str) -> Callable[[Any], object]:

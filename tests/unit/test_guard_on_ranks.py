@@ -58,7 +58,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path)
 
 
 def test_policies(tmp_path: Path) -> None:
-    """Three skipped in a row; a leap that stops, one that is rewound, one that nothing is before."""
+    """Three skipped in a row; a leap that stops, one that is rewound, one with nothing before."""
     policies = {"skips": "stop", "stop": "stop", "rewind": "rewind", "early": "rewind"}
     roots = {name: tmp_path / name for name in policies}
     cases = []
