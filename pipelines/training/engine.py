@@ -80,8 +80,6 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        if config.train.compile:
-            self._engine.compile()
 
     @property
     def deepspeed(self) -> Any:
@@ -177,16 +175,19 @@ class Engine:
                 dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
 
     def snapshot(self) -> dict[str, Any]:
-        """This rank's part of the state in host memory: file name -> what torch.save writes."""
+        """This rank's part of the state in host memory: file name -> what torch.save writes, or
+        the content of a file as it is."""
         capture = _capture_engine()
         usual = self._engine.checkpoint_engine
         self._engine.checkpoint_engine = capture
+        # Scripts for people, which DeepSpeed would copy while the step waits.
+        self._engine._copy_recovery_script = lambda save_path: None
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 self._engine.save_checkpoint(scratch, tag=TAG, save_latest=False)
+                states = capture.states | _files_below(Path(scratch) / TAG)
         finally:
             self._engine.checkpoint_engine = usual
-        states: dict[str, Any] = capture.states
         return states
 
     def load(self, folder: Path) -> None:
@@ -246,8 +247,18 @@ def _build_model(
         # Reentrant checkpoints run a backward pass inside of the backward pass, which ZeRO's
         # hooks would take for the end of the step.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.train.compile:
+        for block in _blocks(model):
+            block.compile(dynamic=False)
     built: torch.nn.Module = model
     return built
+
+
+def _blocks(model: Any) -> list[torch.nn.Module]:
+    """The layers that a model repeats: compiled one by one they share one compilation, which takes
+    seconds where the whole model takes a minute or more."""
+    names = set(model._no_split_modules or ())  # as transformers' device maps know them
+    return [module for module in model.modules() if type(module).__name__ in names] or [model]
 
 
 def _seed(seed: int) -> None:
@@ -308,7 +319,7 @@ def _capture_engine() -> Any:
             pass
 
         def save(self, state_dict: Any, path: str) -> None:
-            self.states[Path(path).name] = _copied(state_dict)
+            self.states[Path(path).name] = _copied(state_dict, {})
 
         def load(self, path: str, map_location: Any = None) -> Any:
             raise AssertionError("a capture is never read")
@@ -319,17 +330,30 @@ def _capture_engine() -> Any:
     return Capture()
 
 
-def _copied(state: Any) -> Any:
-    """Tensors copied to host memory, containers rebuilt, everything else as it is."""
+def _copied(state: Any, known: dict[Any, torch.Tensor]) -> Any:
+    """Tensors copied to host memory, containers rebuilt, everything else as it is.
+
+    Args:
+        known: copies made so far, by what they are of; tied weights are copied and written once.
+    """
     import torch
 
     if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
+        place = (state.data_ptr(), state.dtype, state.shape, state.stride())
+        if state.numel() == 0 or place not in known:
+            known[place] = state.detach().to("cpu", copy=True)
+        return known[place]
     if isinstance(state, dict):
-        return type(state)((key, _copied(value)) for key, value in state.items())
+        return type(state)((key, _copied(value, known)) for key, value in state.items())
     if type(state) in (list, tuple):
-        return type(state)(_copied(item) for item in state)
+        return type(state)(_copied(item, known) for item in state)
     return state
+
+
+def _files_below(folder: Path) -> dict[str, bytes]:
+    """What DeepSpeed wrote by itself: the optimizer's state where that is offloaded to a disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def _quiet() -> None:

@@ -1,0 +1,199 @@
+"""Sides run in turn, and the ratio of their speeds with its interval."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import IO, Any
+
+from sides import Side
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some steps of one side: the slowest rank's seconds."""
+
+    seconds: float
+    waited: float
+    loss: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How much faster one side is than another, from pairs of blocks; geometric."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+    @staticmethod
+    def of(ours: Sequence[Block], peer: Sequence[Block]) -> "Ratio":
+        """95 % Student interval over the logarithms of the pairs' ratios."""
+        from scipy.stats import t
+
+        logs = [math.log(p.seconds / o.seconds) for o, p in zip(ours, peer, strict=True)]
+        half = 0.0
+        if len(logs) > 1:
+            half = float(t.ppf(0.975, len(logs) - 1)) * stdev(logs) / math.sqrt(len(logs))
+        mean = fmean(logs)
+        return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f}, {self.pairs} pairs)"
+
+
+class Running:
+    """The processes of one side."""
+
+    def __init__(self, side: Side, folder: Path, log: IO[bytes]) -> None:
+        self.side, self._log = side, log
+        self._ranks = [self._start(rank, folder) for rank in range(side.ranks)]
+        self._said()  # standing at the gate
+
+    def block(self, steps: int) -> Block:
+        for process in self._ranks:
+            assert process.stdin is not None
+            process.stdin.write(f"{steps}\n")
+            process.stdin.flush()
+        said = self._said()
+        return Block(
+            max(one["seconds"] for one in said),
+            max(one["waited"] for one in said),
+            said[0]["loss"],
+            int(said[0]["step"]),
+        )
+
+    def end(self) -> None:
+        for process in self._ranks:
+            process.kill()
+            process.wait()
+
+    def _said(self) -> list[dict[str, float]]:
+        lines = []
+        for process in self._ranks:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                self._log.seek(0)
+                tail = self._log.read().decode(errors="replace")[-4000:]
+                raise SystemExit(f"{tail}\n{self.side.name} ended")
+            lines.append(json.loads(line))
+        return lines
+
+    def _start(self, rank: int, folder: Path) -> subprocess.Popen[str]:
+        environment = (
+            os.environ
+            | _workers_environment(self.side)
+            | {
+                "SIDE_RANK": str(rank),
+                "RENDEZVOUS": str(folder / f"{self.side.name.replace(' ', '-')}.rendezvous"),
+                "PYTHONWARNINGS": "ignore",
+                "PYTHONPATH": os.pathsep.join(
+                    [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+                ),
+            }
+        )
+        return subprocess.Popen(
+            [sys.executable, str(HERE / "sides.py"), json.dumps(asdict(self.side))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=environment,
+            text=True,
+        )
+
+
+def _workers_environment(side: Side) -> dict[str, str]:
+    """What `heliostat pretrain` gives to its workers, given to all sides alike: glibc that keeps
+    freed memory is worth more than most differences that are measured here."""
+    from pipelines.pretrain import _environment
+
+    return dict(_environment(side.threads, gpu=side.device == "cuda"))
+
+
+@contextmanager
+def running(sides: Sequence[Side]) -> Iterator[list[Running]]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="heliostat-sides-")))
+        alive = []
+        for side in sides:
+            log = stack.enter_context(tempfile.TemporaryFile())
+            alive.append(Running(side, folder, log))
+            stack.callback(alive[-1].end)
+        yield alive
+
+
+def take_turns(
+    sides: Sequence[Side], *, steps: int, pairs: int, warm: int = 1
+) -> dict[str, list[Block]]:
+    """`pairs` rounds of one block per side, in an order that turns with each round.
+
+    Args:
+        warm: rounds before them that do not count.
+    """
+    blocks: dict[str, list[Block]] = {side.name: [] for side in sides}
+    with running(sides) as alive:
+        for number in range(warm + pairs):
+            turn = number % len(alive)
+            for one in alive[turn:] + alive[:turn]:
+                block = one.block(steps)
+                if number >= warm:
+                    blocks[one.side.name].append(block)
+            print(".", end="", flush=True, file=sys.stderr)
+    print(file=sys.stderr)
+    return blocks
+
+
+def same_losses(blocks: dict[str, list[Block]], names: Sequence[str], tolerance: float) -> None:
+    """
+    Raises:
+        SystemExit: if sides that compute the same do not come to the same losses.
+    """
+    first = blocks[names[0]]
+    for name in names[1:]:
+        for ours, theirs in zip(blocks[name], first, strict=True):
+            if not math.isclose(ours.loss, theirs.loss, rel_tol=tolerance):
+                raise SystemExit(
+                    f"{name} has loss {ours.loss:.6f} before step {ours.step} where {names[0]} has "
+                    f"{theirs.loss:.6f}: they do not train the same"
+                )
+
+
+def tokens_per_second(blocks: Sequence[Block], tokens: int, steps: int) -> float:
+    return tokens * steps * len(blocks) / sum(block.seconds for block in blocks)
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions, for the record."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    names = ("torch", "deepspeed", "transformers", "ray", "numpy")
+    described: dict[str, Any] = {name: version(name) for name in names}
+    described["python"] = platform.python_version()
+    described["cpu"] = _cpu_name()
+    described["cpus"] = os.cpu_count()
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name(0)
+        described["gpus"] = torch.cuda.device_count()
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else "unknown"
