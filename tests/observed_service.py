@@ -1,0 +1,203 @@
+"""What a config makes of evaluating, publishing and serving, without a cluster. See
+`observed_data`."""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from cluster.config import RunConfig
+from cluster.placement import Room
+from cluster.registry import Registry
+from cluster.session import open_store
+from cluster.stages import required
+from cluster.storage import Artifact
+from pipelines import evaluate, publish
+from pipelines.evaluation import plots
+from pipelines.evaluation.trained import Trained
+from serving import app, deploy
+from serving.engines.base import Event, Finished, GenerationRequest, Started, Tokens
+from serving.engines.scheduler import Scheduler
+from serving.ingress import Ingress
+from serving.replica import load_engine
+from serving.schema import RequestError, parse_completion
+from tests import fakes, tiny_model
+from tests import trained as made
+from tests.observed_data import joined, patched
+
+
+@cache
+def _trained() -> tempfile.TemporaryDirectory[str]:
+    """A store with a tiny trained model, its evaluation, and two empty registries."""
+    folder = tempfile.TemporaryDirectory()
+    root = Path(folder.name) / "root"
+    config = made.text_config(root, name="demo")
+    checkpoint = made.checkpoint(config, made.text_corpus(config))
+    opened = Trained.open(checkpoint, config)
+    report = _measured(opened, [])
+    evaluate._commit(checkpoint.store, config, opened, report)
+    assert Registry(f"sqlite:///{root}/mlflow.db").resolve("demo", "champion") is None
+    shutil.copy(root / "mlflow.db", root / "other.db")
+    return folder
+
+
+def _evaluated(config: RunConfig) -> tuple[evaluate.Report, list[int]]:
+    shutil.copytree(Path(_trained().name) / "root", "root")
+    checkpoint = open_store(config).artifact("checkpoint", "demo", 1)
+    ticks: list[int] = []
+    return _measured(Trained.open(checkpoint, config), ticks), ticks
+
+
+def _measured(trained: Trained, ticks: list[int]) -> evaluate.Report:
+    with patched() as patch:
+        patch.setattr(plots, "png", lambda draw: b"")  # which takes longer than all the rest
+        return evaluate.measure(trained, "cpu", ticks.append)
+
+
+def metrics(config: RunConfig) -> dict[str, float]:
+    return _evaluated(config)[0].metrics
+
+
+def report(config: RunConfig) -> str:
+    """The part of the report that shows what was learned."""
+    return _evaluated(config)[0].text.partition("## What it learned")[2]
+
+
+def measured_at_once(config: RunConfig) -> list[int]:
+    return _evaluated(config)[1]
+
+
+def _published(config: RunConfig) -> Artifact:
+    shutil.copytree(Path(_trained().name) / "root", "root")
+    with patched() as patch:
+        patch.setattr(publish, "session", joined)
+        patch.setattr(publish, "run_on_one_node", lambda task, *given: task(Room(1, 0), *given))
+        artifact = publish.run(config).artifact
+    assert artifact is not None
+    return artifact
+
+
+def card(config: RunConfig) -> str:
+    return _published(config).read_bytes("README.md").decode()
+
+
+def registered(config: RunConfig) -> set[tuple[str, str]]:
+    """Registries and aliases that the published model is found by."""
+    _published(config)
+    places = [(base, alias) for base in ("mlflow", "other") for alias in ("champion", "better")]
+    uri = f"sqlite:///{open_store(config).base}"
+    return {(b, a) for b, a in places if Registry(f"{uri}/{b}.db").resolve("demo", a)}
+
+
+# ------------------------------------------------------------------ serve
+
+
+class ServeApi:
+    """Takes what would go to the REST API."""
+
+    deployed: dict[str, Any]
+
+    def __init__(self, dashboard: str) -> None:
+        pass
+
+    def deploy(self, config: Any, application: dict[str, Any]) -> None:
+        ServeApi.deployed = deploy.serve_config(config, application, [])
+
+    def wait(self, application: dict[str, Any]) -> None:
+        pass
+
+
+def _served(config: RunConfig) -> tuple[dict[str, Any], Any]:
+    """The whole Serve config of a tiny model, and the stage's result."""
+    answer = {"choices": [{"text": "好"}], "usage": {"completion_tokens": 1}}
+    detail = {"family": "causal_lm", "context_length": 128}
+    fakes.commit(open_store(config), "model", detail=detail)
+    with patched() as patch:
+        patch.setattr(app, "session", joined)
+        patch.setattr(app, "_shipped_code", dict)
+        patch.setattr(deploy, "Serve", ServeApi)
+        patch.setattr(deploy, "wait_for_model", lambda url, model: None)
+        patch.setattr(deploy, "call", lambda url, body, timeout: answer)
+        result = app.run(config)
+    return ServeApi.deployed, result
+
+
+def _args(config: RunConfig) -> dict[str, Any]:
+    args: dict[str, Any] = _served(config)[0]["applications"][0]["args"]
+    return args
+
+
+def http(config: RunConfig) -> tuple[Any, str]:
+    deployed, result = _served(config)
+    return deployed["http_options"], result.url
+
+
+def stays(config: RunConfig) -> bool:
+    return _served(config)[1].stay is not None
+
+
+def replicas(config: RunConfig) -> list[tuple[str, int]]:
+    deployments = _served(config)[0]["applications"][0]["deployments"]
+    return [(one["name"], one["num_replicas"]) for one in deployments]
+
+
+def threads(config: RunConfig) -> int:
+    """Of the process that a replica has loaded its engine in."""
+    model, before = tiny_model.publish(open_store(config), Path("tiny")), torch.get_num_threads()
+    try:
+        load_engine(model, _args(config)["engine"]).close()
+        return torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def queue(config: RunConfig) -> tuple[int, int]:
+    """Of 100 requests at once: how many run, and how many are taken."""
+    options = _args(config)["engine"]
+    scheduler = Scheduler(options["slots"], options["max_waiting"])
+    taken = sum(scheduler.submit(str(n)) for n in range(100))
+    for _ in range(100):
+        scheduler.next_step()
+    return scheduler.running, taken
+
+
+def _ingress(config: RunConfig, engine: Any = None) -> Any:
+    deployment: Any = Ingress
+    below_serve = deployment.func_or_class.__mro__[1]  # the class as it is written
+    service = below_serve(_args(config)["limits"], {"demo": engine})._service
+    service.gateway.show([deploy.card(required("serve", open_store(config), config))])
+    return service
+
+
+def longest_answer(config: RunConfig) -> bool:
+    """Whether a request may ask for 100 tokens."""
+    limits = _ingress(config).limits
+    try:
+        parse_completion(b'{"model": "demo", "prompt": "a", "max_tokens": 100}', limits)
+    except RequestError:
+        return False
+    return True
+
+
+async def _dawdle(request: GenerationRequest) -> AsyncIterator[Event]:
+    yield Started("model/demo@1", 1)
+    await asyncio.sleep(0.4)
+    yield Tokens("a", (1,))
+    yield Finished("length", 1)
+
+
+def answer_in_time(config: RunConfig) -> Any:
+    """What a request gets from an engine that takes a while."""
+    handle = SimpleNamespace(submit=SimpleNamespace(remote=_dawdle))
+    service = _ingress(config, SimpleNamespace(options=lambda stream: handle))
+    body = b'{"model": "demo", "prompt": "a", "max_tokens": 1}'
+    try:
+        return asyncio.run(service.complete(body, "request")).status_code
+    except RequestError as error:
+        return error.status
