@@ -78,7 +78,7 @@ class Save:
     rank: int
     ranks: int
     states: Mapping[str, Any]
-    """File name -> what torch.save writes."""
+    """File name -> what torch.save writes, or bytes."""
     taken: ledger.Taken
     """Samples of this rank since the checkpoint before."""
     progress: Progress
@@ -428,6 +428,8 @@ def load_weights(artifact: Artifact) -> dict[str, torch.Tensor]:
 def _write_state(staging: Staging, name: str, state: Any) -> FileEntry:
     import torch
 
+    if isinstance(state, bytes):
+        return staging.write(f"{TAG}/{name}", state)
     if not _finite(state):
         raise TrainingError(
             f"{name} holds values that are not finite: not saved, the checkpoint before it stays"
