@@ -25,7 +25,7 @@ MOST_REWINDS = 3
 STEP_SPAN = 10.0
 """Steps may take this many times the longest one before the group is taken for stuck."""
 SLOW_FACTOR = 2.0
-SLOW_SHARE = 0.25
+SLOW_SHARE = 0.1
 """A slow rank costs the group at least this share of a step; less is not worth a word."""
 
 Phase = Literal["start", "data", "step", "save"]
