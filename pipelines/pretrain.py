@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster import lease, progress, telemetry
 from cluster.config import RunConfig
-from cluster.errors import HeliostatError, TrainingError
+from cluster.errors import HeliostatError, StorageError, TrainingError
 from cluster.journal import Journal
 from cluster.session import Session, check_capacity, open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, required, resolved
@@ -248,8 +248,12 @@ def _followed(board: Any, store: Store, run: str, config: RunConfig) -> Iterator
                 try:
                     change, rows = ray.get(board.since.remote(change), timeout=30)
                     watchdog.look()
+                except ray.exceptions.GetTimeoutError:
+                    rows = []  # a busy machine; the next round asks again
                 except ray.exceptions.RayError:
                     return
+                except StorageError as error:
+                    progress.say(f"pretrain: the journal could not be written: {error}")
                 if rows:
                     bar.update(int(rows[-1]["step"]), _note(rows[-1]))
                     gauges.show({**rows[-1], "slow_rank": float(watchdog.slow_rank)})

@@ -20,6 +20,8 @@ SMALLEST_DEVIATION = 0.01
 """As a share of the mean: a loss that hardly varies would leap with every breath."""
 CRASHES = 3
 """Deaths at one step, with nothing committed between them, that make a crash loop."""
+ALL_SILENT = 3
+"""Times as long a silence of all ranks may be: rather the machine or the board is busy."""
 MOST_REWINDS = 3
 """Of one start of the workers; a run that leaps whatever it is fed is stopped."""
 STEP_SPAN = 10.0
@@ -154,8 +156,10 @@ def hung(signs: Sequence[tuple[Sign, float, float]], seconds: float) -> list[Sig
         return []
     if any(sign.step <= sign.start for sign, _, _ in signs):
         return []
-    silent = [(age, sign) for sign, age, _ in signs if age > seconds]
-    if silent:
+    heard = len(signs) == 1 or any(age <= seconds for _, age, _ in signs)
+    limit = seconds if heard else ALL_SILENT * seconds
+    silent = [(age, sign) for sign, age, _ in signs if age > limit]
+    if silent or not heard:
         return [sign for _, sign in sorted(silent, key=lambda pair: -pair[0])]
     limit = max(seconds, STEP_SPAN * max(sign.longest for sign, _, _ in signs))
     if any(sign.phase == "save" or still <= limit for sign, _, still in signs):

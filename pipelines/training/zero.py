@@ -80,7 +80,7 @@ def deepspeed_config(
         # A client optimizer with offload would otherwise demand DeepSpeed's compiled one.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": precision == "fp16"},
         "torch_autocast": {"enabled": precision == "autocast", "dtype": "bfloat16"},
         "steps_per_print": 10**9,

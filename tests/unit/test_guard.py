@@ -136,6 +136,14 @@ def test_the_silent_rank_is_the_hung_one_however_many_wait_for_it() -> None:
     assert [sign.rank for sign in found] == [1]
 
 
+def test_a_silence_of_all_is_given_more_time() -> None:
+    together = signs({}, {}, {})
+    assert guard.hung(seen(together, [40, 41, 42]), 25) == []
+    assert [sign.rank for sign in guard.hung(seen(together, [76, 78, 77]), 25)] == [1, 2, 0]
+    alone = [replace(SIGN, ranks=1)]
+    assert guard.hung(seen(alone, [26]), 25) == alone
+
+
 def test_nobody_is_hung_while_signs_come_and_steps_go_by() -> None:
     assert guard.hung(seen(signs({}, {}, {}), [1, 2, 24], [1, 2, 24]), 25) == []
 
