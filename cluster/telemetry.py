@@ -128,7 +128,13 @@ class Gauges:
 
 
 def start_board(options: Mapping[str, Any] | None = None) -> Any:
-    """A Ray actor that holds a `Board`; workers call `put.remote`, the driver `since.remote`."""
-    import ray
+    """A Ray actor that holds a `Board`; workers call `put.remote`, the driver `since.remote`.
 
-    return ray.remote(num_cpus=0, max_restarts=0)(Board).options(**(options or {})).remote()
+    It lives on the driver's node: a run outlives the loss of any other.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(Board)
+    return actor.options(**(options or {})).remote()
