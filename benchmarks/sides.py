@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from spent import Profiler
 
 from cluster import loading
 from cluster.config import RunConfig, TextData
@@ -105,12 +106,13 @@ class Gate:
     """Lets a loop pass one block of steps at a time.
 
     `before(step)` blocks at the first step of each block until the parent says how many steps the
-    next one has, and then tells what the last one took.
+    next one has (and `profile` where it is to be profiled), and then tells what the last one took.
     """
 
     def __init__(self, channel: Any, device: str) -> None:
         self._channel, self._device = channel, device
         self._until, self._began = 0, 0.0
+        self._profiler: Profiler | None = None
         self.waited = 0.0
         """Seconds of this block that the loop waited for data."""
         self.loss = float("nan")
@@ -120,8 +122,14 @@ class Gate:
             return
         self._settle()
         seconds = time.perf_counter() - self._began
-        self._tell({"seconds": seconds, "waited": self.waited, "loss": self.loss, "step": step})
-        self._until = step + int(sys.stdin.readline() or STEPS)
+        self._give_way()
+        profile = self._profiler.finish() if self._profiler else None
+        figures = {"seconds": seconds, "waited": self.waited, "loss": self.loss, "step": step}
+        self._channel.write(json.dumps(figures | {"profile": profile}) + "\n")
+        self._channel.flush()
+        steps, *wish = sys.stdin.readline().split() or sys.exit("the parent is gone")
+        self._until = step + int(steps)
+        self._profiler = Profiler(self._device) if wish == ["profile"] else None
         self.waited, self._began = 0.0, time.perf_counter()
 
     def _settle(self) -> None:
@@ -131,9 +139,12 @@ class Gate:
 
             torch.cuda.synchronize()
 
-    def _tell(self, figures: dict[str, float]) -> None:
-        self._channel.write(json.dumps(figures) + "\n")
-        self._channel.flush()
+    def _give_way(self) -> None:
+        """Memory that is only kept for later goes to the side whose turn is next."""
+        if self._device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
 
 
 def main(raw: str) -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,11 +62,7 @@ class Running:
         self._said()  # standing at the gate
 
     def block(self, steps: int) -> Block:
-        for process in self._ranks:
-            assert process.stdin is not None
-            process.stdin.write(f"{steps}\n")
-            process.stdin.flush()
-        said = self._said()
+        said = self._asked(f"{steps}")
         return Block(
             max(one["seconds"] for one in said),
             max(one["waited"] for one in said),
@@ -74,12 +70,24 @@ class Running:
             int(said[0]["step"]),
         )
 
+    def profile(self, steps: int) -> dict[str, Any]:
+        """What rank 0 spends a block on: see `spent`."""
+        profile: dict[str, Any] = self._asked(f"{steps} profile")[0]["profile"]
+        return profile
+
     def end(self) -> None:
         for process in self._ranks:
             process.kill()
             process.wait()
 
-    def _said(self) -> list[dict[str, float]]:
+    def _asked(self, wish: str) -> list[dict[str, Any]]:
+        for process in self._ranks:
+            assert process.stdin is not None
+            process.stdin.write(f"{wish}\n")
+            process.stdin.flush()
+        return self._said()
+
+    def _said(self) -> list[dict[str, Any]]:
         lines = []
         for process in self._ranks:
             assert process.stdout is not None
@@ -137,20 +145,26 @@ def running(sides: Sequence[Side]) -> Iterator[list[Running]]:
 def take_turns(
     sides: Sequence[Side], *, steps: int, pairs: int, warm: int = 1
 ) -> dict[str, list[Block]]:
+    with running(sides) as alive:
+        return rounds(alive, steps=steps, pairs=pairs, warm=warm)
+
+
+def rounds(
+    alive: Sequence[Running], *, steps: int, pairs: int, warm: int = 1
+) -> dict[str, list[Block]]:
     """`pairs` rounds of one block per side, in an order that turns with each round.
 
     Args:
         warm: rounds before them that do not count.
     """
-    blocks: dict[str, list[Block]] = {side.name: [] for side in sides}
-    with running(sides) as alive:
-        for number in range(warm + pairs):
-            turn = number % len(alive)
-            for one in alive[turn:] + alive[:turn]:
-                block = one.block(steps)
-                if number >= warm:
-                    blocks[one.side.name].append(block)
-            print(".", end="", flush=True, file=sys.stderr)
+    blocks: dict[str, list[Block]] = {one.side.name: [] for one in alive}
+    for number in range(warm + pairs):
+        turn = number % len(alive)
+        for one in [*alive[turn:], *alive[:turn]]:
+            block = one.block(steps)
+            if number >= warm:
+                blocks[one.side.name].append(block)
+        print(".", end="", flush=True, file=sys.stderr)
     print(file=sys.stderr)
     return blocks
 
@@ -183,6 +197,7 @@ def machine() -> dict[str, Any]:
 
     names = ("torch", "deepspeed", "transformers", "ray", "numpy")
     described: dict[str, Any] = {name: version(name) for name in names}
+    described["off_pin"] = _off_pin(described)
     described["python"] = platform.python_version()
     described["cpu"] = _cpu_name()
     described["cpus"] = os.cpu_count()
@@ -191,6 +206,13 @@ def machine() -> dict[str, Any]:
         described["gpus"] = torch.cuda.device_count()
         described["cuda"] = torch.version.cuda
     return described
+
+
+def _off_pin(versions: Mapping[str, str]) -> list[str]:
+    """Packages whose version is not the one in constraints.txt, local build tags aside."""
+    lines = (HERE.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==", 1) for line in lines if "==" in line)
+    return [name for name, found in versions.items() if pins.get(name) != found.split("+")[0]]
 
 
 def _cpu_name() -> str:
