@@ -40,10 +40,11 @@ def curves(history: Sequence[Mapping[str, float]], heldout: float | None = None)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        steps = [row["step"] for row in history]
-        losses = np.array([row["loss"] for row in history])
+        rows = [row for row in history if np.isfinite(row["loss"])]  # skipped steps have none
+        steps = [row["step"] for row in rows]
+        losses = np.array([row["loss"] for row in rows])
         rates = axes.twinx()
-        rates.plot(steps, [row["learning_rate"] for row in history], color=FAINT, lw=1, ls=":")
+        rates.plot(steps, [row["learning_rate"] for row in rows], color=FAINT, lw=1, ls=":")
         rates.set_ylabel("learning rate (dotted)", color=FAINT)
         rates.tick_params(axis="y", colors=FAINT)
         rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
