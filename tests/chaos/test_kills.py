@@ -16,7 +16,7 @@ KILLS = 20
 @pytest.mark.parametrize("seed", [20261122])
 def test_twenty_killed_workers_change_nothing(root: Path, seed: int) -> None:
     print(f"seed {seed}")
-    overrides = ["train.steps=400", f"train.max_failures={2 * KILLS}"]
+    overrides = ["train.steps=400", "train.checkpoint_every=10", f"train.max_failures={2 * KILLS}"]
     quiet = tiny(root, "name=quiet", *overrides)
     counting_corpus(quiet)
     undisturbed = pretrain.run(quiet).artifact
