@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster.durable import storage_errors
 from cluster.errors import StorageError
 from cluster.holder import alive, myself
 from cluster.storage import Store
@@ -59,9 +60,14 @@ class Lease:
         self._end.set()
         # Or its last heartbeat would bring back what is deleted here.
         self._keeper.join(timeout=HEARTBEAT_SECONDS)
-        found = self._read()
-        if found is not None and found["token"] == self._token:
-            self._store.filesystem.delete_file(self._path)
+        try:
+            found = self._read()
+            if found is not None and found["token"] == self._token:
+                with storage_errors(f"remove {self._path}"):
+                    self._store.filesystem.delete_file(self._path)
+        except StorageError as error:
+            # It must not hide why the run ended; without heartbeats the lease ends by itself.
+            print(f"lease of {self._name}: {error}", flush=True)
 
     def _keep(self) -> None:
         while not self._end.wait(HEARTBEAT_SECONDS):
