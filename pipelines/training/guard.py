@@ -145,8 +145,8 @@ def hung(signs: Sequence[tuple[Sign, float, float]], seconds: float) -> list[Sig
     """Ranks that hold the group up, the likeliest first.
 
     A rank is hung if it gives no sign of life. Where all do and yet nothing moves, it is the one
-    that is furthest behind. Nobody is before the first step of a start is done everywhere, and
-    nobody is stuck while a checkpoint is being taken.
+    that is furthest behind. Nobody is before the first step of a start, which takes all ranks to
+    be done on any, and nobody is stuck while a checkpoint is being taken.
 
     Args:
         signs: the last sign of each rank, seconds since it came, seconds since it showed anything
@@ -154,7 +154,7 @@ def hung(signs: Sequence[tuple[Sign, float, float]], seconds: float) -> list[Sig
     """
     if not signs or len(signs) < signs[0][0].ranks:
         return []
-    if any(sign.step <= sign.start for sign, _, _ in signs):
+    if all(sign.step <= sign.start for sign, _, _ in signs):
         return []
     heard = len(signs) == 1 or any(age <= seconds for _, age, _ in signs)
     limit = seconds if heard else ALL_SILENT * seconds

@@ -85,10 +85,15 @@ class Pulse:
     def __enter__(self) -> Pulse:
         if self._board is not None:
             import ray
+            import torch.distributed as dist
 
             if self._world.first:
                 ray.get(self._board.begin.remote(self._start_id))
+            dist.barrier()
             _listen_for_sigterm()
+            # The board hears of every rank before any of them is done with a step.
+            self._tell()
+            dist.barrier()
             self._thread.start()
         return self
 

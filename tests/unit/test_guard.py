@@ -162,8 +162,10 @@ def test_long_steps_are_no_standstill() -> None:
 
 
 def test_start_up_and_checkpoints_are_no_standstill() -> None:
-    starting = signs({"step": 10}, {}, {})
+    starting = signs({"step": 10}, {"step": 10}, {"step": 10})
     assert guard.hung(seen(starting, [99, 1, 1]), 25) == []
+    soon = signs({"step": 10}, {}, {})  # it went silent before it could tell of its first step
+    assert [sign.rank for sign in guard.hung(seen(soon, [99, 1, 1]), 25)] == [0]
     assert guard.hung(seen(signs({}, {})[:2], [99, 99]), 25) == []  # the third is still to come
     saving = signs({"phase": "save"}, {}, {})
     assert guard.hung(seen(saving, [1, 1, 1], [500, 500, 500]), 25) == []
