@@ -9,9 +9,9 @@ BIN := .venv/bin
 setup: .venv/.installed
 demo: setup ; $(BIN)/heliostat up gpt-demo
 check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
-test: setup ; $(BIN)/pytest tests/unit tests/local_cluster
-test-unit: setup ; $(BIN)/pytest tests/unit
-test-chaos: setup ; $(BIN)/pytest tests/chaos
+test: setup ; $(BIN)/pytest -m 'not chaos' tests/unit tests/local_cluster
+test-unit: setup ; $(BIN)/pytest -m 'not chaos' tests/unit
+test-chaos: setup ; $(BIN)/pytest -m chaos tests
 bench: setup ; $(BIN)/python benchmarks/main_job.py
 
 # torch goes first and alone, so that the build that pip is set up to offer is the one taken.

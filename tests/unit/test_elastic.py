@@ -53,7 +53,9 @@ def plain_gradients(config: RunConfig, corpus: Artifact) -> tuple[float, dict[st
     return float(loss.detach()), named
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "size", [2, *(pytest.param(size, marks=pytest.mark.chaos) for size in (1, 3, 4))]
+)
 def test_world_size_and_stage_never_change_the_gradient(tmp_path: Path, size: int) -> None:
     configs = [
         tiny(tmp_path, f"train.zero_stage={stage}", "train.gradient_clip=0", "train.workers=1")
@@ -77,7 +79,10 @@ def newest(root: Path) -> Artifact:
     return found
 
 
-@pytest.mark.parametrize(("stage", "after", "size"), [(2, 3, 3), (3, 1, 1)])
+@pytest.mark.parametrize(
+    ("stage", "after", "size"),
+    [pytest.param(2, 3, 3, marks=pytest.mark.chaos), (3, 1, 1)],
+)
 def test_a_checkpoint_goes_on_at_another_size_and_stage(
     tmp_path: Path, stage: int, after: int, size: int
 ) -> None:
@@ -102,6 +107,7 @@ def test_a_checkpoint_goes_on_at_another_size_and_stage(
     assert [event.fields["checkpoint"] for event in events] == [first.id, second.id]
 
 
+@pytest.mark.chaos
 def test_stage_0_goes_on_at_any_size_as_it_is(tmp_path: Path) -> None:
     config = tiny(tmp_path, "train.zero_stage=0")
     counting_corpus(config, ragged=True)
@@ -112,6 +118,7 @@ def test_stage_0_goes_on_at_any_size_as_it_is(tmp_path: Path) -> None:
     assert Store(str(tmp_path)).all(elastic.KIND) == []
 
 
+@pytest.mark.chaos
 def test_batch_statistics_travel(tmp_path: Path) -> None:
     """Losses of such a model depend on the number of workers; that it goes on does not."""
     config = trained.image_config(

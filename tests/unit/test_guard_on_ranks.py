@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cluster import loading
 from cluster.journal import Event, Journal
 from cluster.storage import Store
@@ -57,6 +59,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path)
         assert event.fields["loss"] in ("nan", "inf")
 
 
+@pytest.mark.chaos
 def test_policies(tmp_path: Path) -> None:
     """Three skipped in a row; a leap that stops, one that is rewound, one with nothing before."""
     policies = {"skips": "stop", "stop": "stop", "rewind": "rewind", "early": "rewind"}

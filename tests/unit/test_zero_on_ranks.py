@@ -38,6 +38,7 @@ def histories() -> dict[str, History]:
     return result
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("name", SETTINGS)
 def test_losses_and_gradients_are_those_of_the_plain_run(
     histories: dict[str, History], name: str
