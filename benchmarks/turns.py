@@ -66,7 +66,8 @@ class Running:
         return Block(
             max(one["seconds"] for one in said),
             max(one["waited"] for one in said),
-            said[0]["loss"],
+            # DDP's ranks know only the loss of their own rows, of which each has as many.
+            fmean(one["loss"] for one in said),
             int(said[0]["step"]),
         )
 
