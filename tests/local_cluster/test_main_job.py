@@ -19,6 +19,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from cluster.storage import Artifact, Store
@@ -127,9 +128,21 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         wait_for(url, node, base / "head.log")
         yield Head(url, environment, recipe, base / "root", free_port())
     finally:
-        node.send_signal(signal.SIGTERM)
-        node.wait(timeout=60)
+        end(node)
         shutil.rmtree(short, ignore_errors=True)
+
+
+def end(node: subprocess.Popen[bytes]) -> None:
+    """As Ray ends its processes itself; on a slow machine, what is left of them by pid."""
+    family = psutil.Process(node.pid).children(recursive=True)
+    node.send_signal(signal.SIGTERM)
+    try:
+        node.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        node.kill()
+        node.wait()
+    for process in psutil.wait_procs(family, timeout=10)[1]:
+        process.kill()
 
 
 def wait_for(url: str, node: subprocess.Popen[bytes], log: Path) -> None:
