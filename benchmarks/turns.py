@@ -96,7 +96,7 @@ class Running:
             if not line:
                 self._log.seek(0)
                 tail = self._log.read().decode(errors="replace")[-4000:]
-                raise SystemExit(f"{tail}\n{self.side.name} ended")
+                raise SystemExit(f"{tail}\n{self.side.name} ended with {process.wait()}")
             lines.append(json.loads(line))
         return lines
 
