@@ -172,7 +172,7 @@ def _execute_one(
         return Done(stage.verb, "skipped", 0.0, newest.id, decision.reason, metrics), None
     progress.say(f"{stage.verb}: {decision.reason}")
     began = time.monotonic()
-    run: Callable[[RunConfig], StageResult] = importlib.import_module(stage.module).run
+    run: Callable[[RunConfig], StageResult] = _door(stage).run
     result = run(config)
     seconds = time.monotonic() - began
     identity = result.artifact.id if result.artifact else None
@@ -191,20 +191,21 @@ def outside_inputs(stage: Stage, config: RunConfig) -> Mapping[str, Any]:
     """What a stage reads from outside of the store: its module says so in `inputs(config)`."""
     if stage.needs is not None:
         return {}
-    reader = getattr(importlib.import_module(stage.module), "inputs", None)
+    reader = getattr(_door(stage), "inputs", None)
     return reader(config) if reader else {}
 
 
 def _preflight(stages: Sequence[Stage], config: RunConfig, store: Store) -> None:
     """Refuse now what would fail only after minutes of work."""
     for stage in stages:
-        check = getattr(_module_door(stage), "check", None)
+        check = getattr(_door(stage), "check", None)
         if check is not None:
             check(config)
     plan(stages, config, store)
 
 
-def _module_door(stage: Stage) -> Any:
+def _door(stage: Stage) -> Any:
+    """A stage's module, with its `run` and, where it has them, `check` and `inputs`."""
     return importlib.import_module(stage.module)
 
 
