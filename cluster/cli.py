@@ -186,6 +186,10 @@ def _print_summary(rows: list[Any], name: str, *, as_json: bool) -> None:
 _PARSING_ERROR: Any = typer.BadParameter.__base__
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 and the number of SIGINT, as shells have it."""
+
+
 def main() -> None:
     """Console entry point."""
     sys.exit(_guarded(lambda: app(standalone_mode=False)))
@@ -194,7 +198,9 @@ def main() -> None:
 def _guarded(call: Callable[[], Any]) -> int:
     """Run, and turn what can go wrong into one line and an exit code."""
     try:
-        call()
+        # Typer turns a Ctrl-C into this code and, outside of its standalone mode, returns it.
+        if call() == INTERRUPTED:
+            raise KeyboardInterrupt
     except typer.Exit as stop:
         return stop.exit_code
     except _PARSING_ERROR as error:
@@ -202,7 +208,7 @@ def _guarded(call: Callable[[], Any]) -> int:
         return UsageError.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("heliostat: stopped; the same command continues", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except HeliostatError as error:
         print(f"heliostat: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code

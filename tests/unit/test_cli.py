@@ -229,3 +229,16 @@ def test_fresh_reaches_the_stages(
     assert here(*arguments) == 0
     assert here(*arguments, "--fresh") == 0
     assert last_line(capsys.readouterr().out)["stages"][0]["artifact"] == "corpus/gpt-demo@2"
+
+
+def test_ctrl_c_inside_a_command_is_told_and_has_its_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through Typer itself, which swallows the KeyboardInterrupt."""
+
+    def interrupted() -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.loading, "recipes", interrupted)
+    assert cli._guarded(lambda: cli.app(["recipes"], standalone_mode=False)) == 130
+    assert "stopped; the same command continues" in capsys.readouterr().err
