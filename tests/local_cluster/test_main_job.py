@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import psutil
 import pytest
 
 from cluster.storage import Artifact, Store
+from tests.ports import free_ports
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("cluster", "pipelines", "serving", "tune", "pyproject.toml", ".rayignore")
@@ -70,12 +70,6 @@ class Head:
         )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def working_tree(target: Path) -> Path:
     """What a user's checkout holds, so that a test may edit it."""
     target.mkdir()
@@ -100,7 +94,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     recipe.write_text(TINY.replace("SOURCES", str(sources)))
 
     short = tempfile.mkdtemp(prefix="hh-", dir="/tmp")
-    dashboard = free_port()
+    dashboard, http, *rest = free_ports(7)
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTEST"))
     }
@@ -109,14 +103,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "RAY_AUTH_TOKEN": TOKEN,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    ports = {
-        "port": free_port(),
-        "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": free_port(),
-        "dashboard-agent-grpc-port": free_port(),
-        "metrics-export-port": free_port(),
-        "ray-client-server-port": free_port(),
-    }
+    names = ("port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    names += ("metrics-export-port", "ray-client-server-port")
+    ports = {"dashboard-port": dashboard} | dict(zip(names, rest, strict=True))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += ["--num-cpus=4", f"--temp-dir={short}", "--dashboard-host=127.0.0.1"]
     command += ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000"]
@@ -126,7 +115,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     try:
         url = f"http://127.0.0.1:{dashboard}"
         wait_for(url, node, base / "head.log")
-        yield Head(url, environment, recipe, base / "root", free_port())
+        yield Head(url, environment, recipe, base / "root", http)
     finally:
         end(node)
         shutil.rmtree(short, ignore_errors=True)
@@ -134,6 +123,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 def end(node: subprocess.Popen[bytes]) -> None:
     """As Ray ends its processes itself; on a slow machine, what is left of them by pid."""
+    if node.poll() is not None:
+        return  # it ended by itself; its log says why
     family = psutil.Process(node.pid).children(recursive=True)
     node.send_signal(signal.SIGTERM)
     try:

@@ -19,15 +19,10 @@ from cluster.storage import Artifact, Store
 from serving import app, deploy
 from tests import tiny_model
 from tests.fakes import config
+from tests.ports import free_port
 
 pytestmark = pytest.mark.cluster
 PROMPT = "def "
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Served:
