@@ -5,7 +5,7 @@ models. Everything that crosses is plain frozen data, because it travels between
 module imports no torch.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -22,6 +22,24 @@ class SamplingParameters:
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these would appear in the text."""
     seed: int | None = None
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that was generated already."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit once for each time that it was generated."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit)."""
+    logprobs: int | None = None
+    """Report each token's log-probability and those of this many likeliest ones; None for none."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, which the model's own chat template turns into a prompt."""
+
+    messages: tuple[Mapping[str, Any], ...]
+
+
+Prompt = str | tuple[int, ...] | Chat
 
 
 @dataclass(frozen=True)
@@ -29,10 +47,18 @@ class GenerationRequest:
     """One sequence. A call with several prompts or choices is as many requests."""
 
     id: str
-    prompt: str | tuple[int, ...]
+    prompt: Prompt
     sampling: SamplingParameters
     echo: bool = False
-    """Begin the text with the prompt."""
+    """Begin the text with the prompt; with `logprobs`, report the prompt's too."""
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """What the model's tokenizer makes of a prompt; the model itself is not asked."""
+
+    id: str
+    prompt: Prompt
 
 
 @dataclass(frozen=True)
@@ -42,7 +68,28 @@ class PredictionRequest:
     """What the family's predictor takes, one answer each."""
 
 
-Request = GenerationRequest | PredictionRequest
+Request = GenerationRequest | PredictionRequest | TextRequest
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A token and how likely it was."""
+
+    id: int
+    text: str
+    """The token alone; bytes that are no character are U+FFFD."""
+    raw: bytes
+    """What it stands for; a character may be spread over several tokens."""
+    logprob: float | None
+    """Natural logarithm, of the model's distribution after penalties and bias and before
+    temperature and cuts; None for a prompt's first token, which nothing precedes."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    token: Likelihood
+    top: tuple[Likelihood, ...]
+    """The likeliest tokens in this place, most likely first."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +104,22 @@ class Started:
 
 
 @dataclass(frozen=True)
+class PromptScored:
+    """Comes before the first `Tokens` where echo and logprobs were asked for."""
+
+    logprobs: tuple[TokenLogprob, ...]
+    """One for each token of the prompt."""
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Text of one or more new tokens; empty while a character or a stop string is undecided."""
 
     text: str
     ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Where asked for: of the tokens whose text is out. They lag behind `ids` while text is held
+    back, and tokens that only spell a stop string or the end of text never come."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +127,24 @@ class Finished:
     reason: Literal["stop", "length"]
     completion_tokens: int
     """Tokens generated, the end-of-text token included."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that did not have to be read: another prompt began with them."""
 
 
 @dataclass(frozen=True)
 class Predicted:
     answers: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The answer to a `TextRequest`."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+    """Each token's own text; bytes that are no character are U+FFFD."""
+    text: str
+    """All of them together."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +159,30 @@ class Failed:
     """Seconds."""
 
 
-Event = Started | Tokens | Finished | Predicted | Failed
+Event = Started | PromptScored | Tokens | Finished | Predicted | Encoded | Failed
 
 
 def is_last(event: Event) -> bool:
-    return isinstance(event, Finished | Predicted | Failed)
+    return isinstance(event, Finished | Predicted | Encoded | Failed)
 
 
 @dataclass(frozen=True)
 class Stats:
+    """Of this moment; `_total` counts from the engine's start."""
+
     running: int
     waiting: int
+    queued_tokens: int = 0
+    """Work that was accepted: prompt tokens still to read and answer tokens still allowed."""
+    cache_tokens: int = 0
+    """Tokens whose keys and values are held, for running requests and for prefixes to reuse."""
+    cache_capacity: int = 0
+    """Most tokens that can be held; 0 where nothing is."""
+    prompt_tokens_total: int = 0
+    """Of prompts that were accepted."""
+    cached_tokens_total: int = 0
+    """The part of them that did not have to be read (prefix hits)."""
+    completion_tokens_total: int = 0
 
 
 class Engine(Protocol):

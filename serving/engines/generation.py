@@ -20,18 +20,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cluster.errors import ServingError
 from serving.engines.base import (
     OVERLOADED,
+    Chat,
+    Encoded,
     Event,
     Failed,
     Finished,
     GenerationRequest,
+    Prompt,
     SamplingParameters,
     Started,
     Stats,
+    TextRequest,
     Tokens,
     is_last,
 )
 from serving.engines.scheduler import Scheduler, Step
 from serving.engines.text import TextStream
+from serving.engines.tokenizer import PromptError, Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +51,16 @@ class Runner(Protocol):
     end: frozenset[int]
     """Tokens that end a text."""
 
-    def encode(self, text: str) -> tuple[int, ...]: ...
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """
+        Raises:
+            PromptError: for a chat that cannot be rendered.
+        """
+        ...
+
+    def piece(self, token: int) -> tuple[str, bytes]:
+        """A token's own text and bytes."""
+        ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
@@ -92,9 +106,16 @@ class GenerationEngine:
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()
 
-    async def submit(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    async def submit(self, request: GenerationRequest | TextRequest) -> AsyncIterator[Event]:
         loop = asyncio.get_running_loop()
-        prompt = await loop.run_in_executor(self._tokenizing, self._encode, request.prompt)
+        try:
+            prompt = await loop.run_in_executor(self._tokenizing, self._encode, request.prompt)
+        except PromptError as error:
+            yield Failed(400, str(error), None, _field(request.prompt))
+            return
+        if isinstance(request, TextRequest):
+            yield self._encoded(prompt)
+            return
         problem = self._problem(request, prompt)
         if problem is not None:
             yield problem
@@ -135,29 +156,42 @@ class GenerationEngine:
             self._changed.notify()
         self._tokenizing.shutdown(wait=False)
 
-    def _encode(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
-        return self._runner.encode(prompt) if isinstance(prompt, str) else prompt
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        return prompt if isinstance(prompt, tuple) else self._runner.encode(prompt)
+
+    def _encoded(self, ids: tuple[int, ...]) -> Event:
+        outside = self._outside(ids)
+        if outside is not None:
+            return outside
+        pieces = tuple(self._runner.piece(token)[0] for token in ids)
+        return Encoded(ids, pieces, self._runner.decode(ids))
+
+    def _outside(self, ids: tuple[int, ...]) -> Failed | None:
+        outside = [token for token in ids if not 0 <= token < self._runner.vocabulary]
+        if not outside:
+            return None
+        return Failed(
+            400,
+            f"prompt holds token {outside[0]} and this model's vocabulary ends at "
+            f"{self._runner.vocabulary - 1}",
+            None,
+            "prompt",
+        )
 
     def _echo(self, request: GenerationRequest) -> str:
         if not request.echo:
             return ""
         prompt = request.prompt
-        return prompt if isinstance(prompt, str) else self._runner.decode(prompt)
+        return prompt if isinstance(prompt, str) else self._runner.decode(self._encode(prompt))
 
     def _problem(self, request: GenerationRequest, prompt: tuple[int, ...]) -> Failed | None:
         """Why a request can never be answered."""
         limit, wanted = self._runner.context_length, request.sampling.max_tokens
         if not prompt:
             return Failed(400, "prompt is empty: give at least one token", None, "prompt")
-        outside = [t for t in prompt if t >= self._runner.vocabulary]
-        if outside:
-            return Failed(
-                400,
-                f"prompt holds token {outside[0]} and this model's vocabulary ends at "
-                f"{self._runner.vocabulary - 1}",
-                None,
-                "prompt",
-            )
+        outside = self._outside(prompt)
+        if outside is not None:
+            return outside
         if len(prompt) + wanted > limit:
             return Failed(
                 400,
@@ -165,7 +199,7 @@ class GenerationEngine:
                 f"{len(prompt) + wanted} tokens ({len(prompt)} in the prompt, {wanted} for the "
                 "completion): shorten the prompt or max_tokens.",
                 "context_length_exceeded",
-                "prompt",
+                _field(request.prompt),
             )
         return None
 
@@ -230,6 +264,11 @@ class GenerationEngine:
         return stopped or out_of_tokens
 
 
+def _field(prompt: Prompt) -> str:
+    """Where the request had it."""
+    return "messages" if isinstance(prompt, Chat) else "prompt"
+
+
 async def _until_last(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
     """Events in order; tokens that a slow reader has let pile up come as one."""
     while True:
@@ -287,10 +326,11 @@ class CausalRunner:
 
     def __init__(self, folder: Path, context_length: int) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer = Tokenizer(folder)
+        self.encode, self.decode, self.piece = tokenizer.encode, tokenizer.decode, tokenizer.piece
         dtype: Any = "auto" if self._device.type == "cuda" else torch.float32
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self._model = model.to(self._device).eval()
@@ -303,17 +343,6 @@ class CausalRunner:
         self.vocabulary = int(model.config.vocab_size)
         ends = model.generation_config.eos_token_id
         self.end = frozenset([ends] if isinstance(ends, int) else ends or [])
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        ids = tuple(self._tokenizer(text).input_ids)
-        # The conventions take an empty prompt for the beginning of a text.
-        begin = self._tokenizer.bos_token_id
-        return ids if ids or begin is None else (begin,)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache

@@ -11,17 +11,22 @@ import torch
 
 from cluster.errors import ServingError
 from serving.engines.base import (
+    Chat,
+    Encoded,
     Event,
     Failed,
     Finished,
     GenerationRequest,
+    Prompt,
     SamplingParameters,
     Started,
+    TextRequest,
     Tokens,
 )
 from serving.engines.generation import CausalRunner, GenerationEngine, draw
 from serving.engines.scheduler import Scheduler, Step
 from serving.engines.text import TextStream
+from serving.engines.tokenizer import PromptError
 from tests import tiny_model
 
 
@@ -118,8 +123,13 @@ class ScriptedRunner:
         self.steps = 0
         self.fault: Exception | None = None
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(text.encode())
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            raise PromptError("no chat template")
+        return tuple(prompt.encode())
+
+    def piece(self, token: int) -> tuple[str, bytes]:
+        return _bytes_decode([token]), bytes([token])
 
     def decode(self, tokens: Sequence[int]) -> str:
         return _bytes_decode(tokens)
@@ -140,7 +150,7 @@ def request(prompt: Any = "a", name: str = "r", echo: bool = False, **sampling: 
     return GenerationRequest(name, prompt, parameters, echo)
 
 
-async def answer(engine: GenerationEngine, asked: GenerationRequest) -> list[Event]:
+async def answer(engine: GenerationEngine, asked: GenerationRequest | TextRequest) -> list[Event]:
     return [event async for event in engine.submit(asked)]
 
 
@@ -148,7 +158,9 @@ def text_of(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, Started | Tokens))
 
 
-def run(runner: ScriptedRunner, *asked: GenerationRequest, slots: int = 2) -> list[list[Event]]:
+def run(
+    runner: ScriptedRunner, *asked: GenerationRequest | TextRequest, slots: int = 2
+) -> list[list[Event]]:
     engine = GenerationEngine("model/fake@1", runner, slots=slots, max_waiting=8)
 
     async def all_of_them() -> list[list[Event]]:
@@ -187,6 +199,19 @@ def test_what_can_never_be_answered_is_refused(asked: GenerationRequest, code: s
     [[failed]] = run(ScriptedRunner(), asked)
     assert isinstance(failed, Failed)
     assert (failed.status, failed.code, failed.param) == (400, code, "prompt")
+
+
+def test_the_tokenizer_answers_for_itself_and_a_base_model_refuses_chats() -> None:
+    [[encoded], [decoded], [outside], [chat]] = run(
+        ScriptedRunner(),
+        TextRequest("1", "好a"),
+        TextRequest("2", (0xE5, 0xA5, 0xBD, 97)),
+        TextRequest("3", (97, 256)),
+        TextRequest("4", Chat(({"role": "user", "content": "好"},))),
+    )
+    assert encoded == decoded == Encoded((0xE5, 0xA5, 0xBD, 97), ("\ufffd",) * 3 + ("a",), "好a")
+    assert isinstance(outside, Failed) and outside.status == 400 and "256" in outside.message
+    assert chat == Failed(400, "no chat template", None, "messages")
 
 
 def test_a_prompt_that_just_fits_is_answered() -> None:
