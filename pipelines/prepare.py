@@ -23,16 +23,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import progress
-from cluster.config import RunConfig
+from cluster.config import RunConfig, TextData
 from cluster.errors import SourceError
 from cluster.session import open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, resolved
 from cluster.storage import Artifact, FileEntry, Staging, Store
 from pipelines import families
-from pipelines.data import documents, duplicates, images, sources, streaming
+from pipelines.data import cleaning, documents, duplicates, images, sources, streaming
+from pipelines.data.cleaning import Rejected
 from pipelines.data.corpus import Split
 from pipelines.data.documents import Leavings
-from pipelines.data.sources import Listing, SourceFile
+from pipelines.data.sources import Listing, Reject, SourceFile
 from pipelines.families.base import Encoder
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -77,12 +78,21 @@ def check(config: RunConfig) -> None:
     """
     Raises:
         SourceError: if a source is missing or has no file of the recipe's kind.
+        ConfigError: if a rule of the user's own cannot be imported.
     """
     _listing(config)
+    _check_rules(config)
+
+
+def _check_rules(config: RunConfig) -> None:
+    """A rule that cannot be imported is found before a session is opened."""
+    if isinstance(config.data, TextData):
+        cleaning.rules(config.data)
 
 
 def run(config: RunConfig) -> StageResult:
     found = _listing(config)
+    _check_rules(config)
     parts = sources.partition(found.files, config.data.partition_bytes)
     store = open_store(config)
     with (
@@ -340,7 +350,8 @@ def _commit(
         *lineage,
         *(shard.entry for shard in shards),
         staging.write_json("report.json", report),
-        staging.write("quarantine.jsonl", _quarantine(chosen.leavings)),
+        staging.write("quarantine.jsonl", _json_lines(chosen.leavings.rejects)),
+        staging.write("rejected.jsonl", _json_lines(chosen.leavings.sample)),
     ]
     return staging.commit(
         files,
@@ -352,8 +363,8 @@ def _commit(
     )
 
 
-def _quarantine(leavings: Leavings) -> bytes:
-    lines = (json.dumps(asdict(reject), ensure_ascii=False) for reject in leavings.rejects)
+def _json_lines(entries: Iterable[Reject | Rejected]) -> bytes:
+    lines = (json.dumps(asdict(entry), ensure_ascii=False) for entry in entries)
     return "".join(f"{line}\n" for line in lines).encode()
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cluster.config.base import OPERATIONAL, Fraction, Operational, Positive, Section
+from cluster.config.cleaning import DEFAULT_STEPS, Steps
 
 Sources = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -29,6 +30,8 @@ class TextData(DataSection):
     """Shorter documents are dropped."""
     max_characters: Positive = 2_000_000
     """Longer documents are dropped."""
+    cleaning: Steps = DEFAULT_STEPS
+    """Steps that text passes, in order; what is empty, too short or too long afterwards goes."""
     vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 2048
     """Entries of the byte-level BPE tokenizer: at least 256 bytes and one end-of-text token."""
     tokenizer_bytes: Positive = 8 * 2**20

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from cluster.config import ImageData, TextData
 from pipelines.data import cleaning, duplicates, images, sources
-from pipelines.data.cleaning import Drop
+from pipelines.data.cleaning import Document, Drop, Rejected
 from pipelines.data.sources import Payload, Reject, SourceFile
 
 MAX_BYTES_PER_CHARACTER = 4
@@ -44,6 +44,8 @@ class Leavings:
     """What could not be read."""
     drops: Counter[str] = field(default_factory=Counter)
     """Documents that were read and are not wanted, by reason."""
+    sample: tuple[Rejected, ...] = ()
+    """Some of those, each reason's own."""
 
     @property
     def reasons(self) -> Counter[str]:
@@ -55,10 +57,13 @@ def together(leavings: Iterable[Leavings]) -> Leavings:
     """All of them, in an order that does not depend on which came first."""
     rejects: set[Reject] = set()
     drops: Counter[str] = Counter()
+    sample: tuple[Rejected, ...] = ()
     for one in leavings:
         rejects.update(one.rejects)
         drops.update(one.drops)
-    return Leavings(tuple(sorted(rejects, key=lambda r: (r.file, r.row or 0, r.reason))), +drops)
+        sample = cleaning.sampled([*sample, *one.sample])
+    in_order = sorted(rejects, key=lambda r: (r.file, r.row or 0, r.reason))
+    return Leavings(tuple(in_order), +drops, sample)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Documents:
     leavings: Leavings
 
 
-Outcome = dict[str, Any] | Drop | Reject
+Outcome = dict[str, Any] | Rejected | Reject
 """A document as columns, or why there is none."""
 
 
@@ -76,15 +81,17 @@ def read(files: Sequence[SourceFile], data: TextData | ImageData, partition: int
     """Read and clean a partition. Ids are `partition << 32 | place among its documents`."""
     rows: list[dict[str, Any]] = []
     rejects: list[Reject] = []
-    drops: Counter[str] = Counter()
+    dropped: list[Rejected] = []
     for outcome in _outcomes(files, data):
         if isinstance(outcome, Reject):
             rejects.append(outcome)
-        elif isinstance(outcome, Drop):
-            drops[outcome.reason] += 1
+        elif isinstance(outcome, Rejected):
+            dropped.append(outcome)
         else:
             rows.append({"document": partition << 32 | len(rows), **outcome})
-    return Documents(pa.Table.from_pylist(rows, schema(data.kind)), Leavings(tuple(rejects), drops))
+    drops = Counter(one.reason for one in dropped)
+    leavings = Leavings(tuple(rejects), drops, cleaning.sampled(dropped))
+    return Documents(pa.Table.from_pylist(rows, schema(data.kind)), leavings)
 
 
 def schema(payload: Payload) -> pa.Schema:
@@ -107,9 +114,10 @@ def _text_reader(data: TextData) -> Callable[[SourceFile], Iterator[Outcome]]:
             if isinstance(raw, Reject):
                 yield raw
                 continue
-            text = cleaning.clean(raw.text, rules)
+            document = Document(raw.text, file.path, raw.row, file.extension)
+            text = cleaning.clean(document, rules)
             if isinstance(text, Drop):
-                yield text
+                yield cleaning.rejected(document, text)
                 continue
             payload = text.encode()
             yield _lineage(file, raw.row, payload, len(payload)) | {"text": text}

@@ -51,6 +51,7 @@ _CODE = """
     .hs .ml .mli .ex .exs .erl .clj .lisp .el .scm .f .f90 .f95 .pas .d .zig .nim .dart .cs .fs .vb
     .sh .bash .zsh .fish .ps1 .bat .cmake .mk .gradle .proto .thrift .graphql .tf .v .sv .vhd .asm
 """
+CODE_EXTENSIONS = frozenset(_CODE.split())
 TEXT_EXTENSIONS = frozenset(f"{_PROSE} {_DATA} {_CODE}".split())
 
 

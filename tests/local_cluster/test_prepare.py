@@ -104,6 +104,9 @@ def test_what_is_left_out_is_counted_and_named(corpus: Artifact, pile: Path) -> 
         (f"{pile}/lines.jsonl.gz", 6),
     ]
     assert "broken" not in raw
+    (rejected,) = map(json.loads, corpus.read_bytes("rejected.jsonl").decode().splitlines())
+    assert (rejected["reason"], rejected["file"]) == ("too_short", f"{pile}/tiny.txt")
+    assert "短" not in str(rejected)
 
 
 def test_every_row_leads_back_to_its_files(corpus: Artifact) -> None:

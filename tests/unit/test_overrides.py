@@ -62,6 +62,7 @@ CASES = (
     Case("data.row_group_rows", "4", data.row_groups, SPREAD),
     Case("data.min_characters", "200", data.counts, SMALL),
     Case("data.max_characters", "200", data.counts, SMALL),
+    Case("data.cleaning", "[length: {min: 200}]", data.counts, SMALL),
     Case("data.vocab_size", "310", data.tokenizer, SMALL),
     Case("data.tokenizer_bytes", "300", data.tokenizer, SMALL),
     Case("data.sequence_length", "24", data.row_width, SPREAD),

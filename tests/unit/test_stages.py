@@ -31,6 +31,7 @@ OTHER: dict[str, Any] = {
     "name": "other",
     "data.sources": ["elsewhere"],
     "data.channels": 3,
+    "data.cleaning": ["compose", {"length": {"min": 7}}],
     "model.heads": 8,
     "model.kv_heads": 2,
     "model.hidden_size": 196,
