@@ -72,7 +72,7 @@ SHOWN: list[tuple[str, str, Any, Document, dict[str, Any]]] = [
         "gopher_repetition",
         "max_top_ngram",
         [1, 1, 1],
-        doc("太阳能光 " * 30),
+        doc("太阳能 solar 光 " * 6 + CHINESE),
         {"max_duplicate_ngrams": [1] * 6},
     ),
     (
