@@ -45,7 +45,8 @@ class StepOutcome:
     gradient_norm: float
     """Before clipping; not finite where the step was skipped."""
     skipped: bool
-    """Loss or gradient were not finite on some rank: weights and optimizer stayed as they were."""
+    """Loss or gradient were not finite on some rank: weights and optimizer stayed as they were.
+    See `is_fault` for what fp16 does in the ordinary course."""
     own_seconds: float
     """That this rank spent in its forward passes. No collective is in them below ZeRO stage 3; at
     stage 3, whose forward passes gather parameters from all ranks, it is 0."""
@@ -126,15 +127,16 @@ class Engine:
                 self._clip_or_drop()
             self._engine.step()
             total += loss.detach()
-        norm, skipped = self._norm_and_verdict()
-        if skipped:
+        norm, applied = self._norm_and_verdict()
+        if not applied:
             for buffer, before in zip(self.module.buffers(), buffers, strict=True):
                 buffer.copy_(before)
+        mean = float(self._sum(total)) / max(1, predictions)
         return StepOutcome(
-            float(self._sum(total)) / max(1, predictions),
+            mean,
             predictions,
             norm,
-            skipped,
+            not applied and is_fault(self.precision, mean),
             watch.seconds() if self.config.train.zero_stage < 3 else 0.0,
             tuple(bool(count) for count in told[1:]),
         )
@@ -155,12 +157,12 @@ class Engine:
                 parameter.grad = None
 
     def _norm_and_verdict(self) -> tuple[float, bool]:
-        """Gradient norm of the step that just ended, and whether it was skipped."""
+        """Gradient norm of the step that just ended, and whether it changed the weights."""
         if self._plain:
-            return self._norm, not math.isfinite(self._norm)
+            return self._norm, math.isfinite(self._norm)
         norm = self._engine.get_global_grad_norm()
         value = float(norm) if norm is not None else float("nan")
-        return value, not self._engine.was_step_applied()
+        return value, self._engine.was_step_applied()
 
     def average_buffers(self) -> None:
         """Make buffers that each rank computed from its own rows (BatchNorm) equal on all ranks."""
@@ -204,6 +206,16 @@ class Engine:
         value = value.to(self.world.device)
         dist.all_reduce(value)
         return value.cpu()
+
+
+def is_fault(precision: zero.Precision, loss: float) -> bool:
+    """Whether a step that was not applied points to something wrong.
+
+    In fp16 a finite loss means that the scaled gradient left the range of the type. That is how
+    dynamic loss scaling finds its scale (Micikevicius et al., arXiv:1710.03740): DeepSpeed lowers
+    it, and ends the run by itself once it cannot be lowered further.
+    """
+    return precision != "fp16" or not math.isfinite(loss)
 
 
 class Stopwatch:

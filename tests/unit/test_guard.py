@@ -4,7 +4,8 @@ import pytest
 
 from cluster.config import TrainSection
 from cluster.telemetry import Board, Row, Sign
-from pipelines.training import guard
+from pipelines.training import guard, zero
+from pipelines.training.engine import is_fault
 
 
 def section(**changes: object) -> TrainSection:
@@ -218,3 +219,9 @@ def test_a_death_is_told_by_its_cause_not_by_those_who_died_of_it() -> None:
     assert guard.death(last, [peer, "KeyError: 7"]) == guard.Death(10, 18, "KeyError: 7")
     assert guard.death(last, [peer]) == guard.Death(10, 18, "")
     assert guard.death([], [peer]) is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16", "fp16"])
+def test_only_the_loss_scale_of_fp16_may_overflow(precision: zero.Precision) -> None:
+    assert is_fault(precision, float("nan")) and is_fault(precision, float("inf"))
+    assert is_fault(precision, 2.5) == (precision != "fp16")
