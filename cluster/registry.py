@@ -5,7 +5,7 @@ Only drivers talk to it. Without `registry.uri` it is an SQLite file under a loc
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +16,6 @@ from cluster.errors import ConfigError, HeliostatError
 from cluster.storage import Artifact, Store
 
 ARTIFACT_TAG = "heliostat.artifact"
-BATCH = {"metrics": 1000, "params": 100}
-"""Entries that an MLflow server takes in one request."""
-LONGEST_PARAM = 500
 
 
 def registry_uri(store: Store, config: RunConfig) -> str:
@@ -42,19 +39,7 @@ class Registry:
 
     @cached_property
     def _client(self) -> Any:
-        # MLflow counts its users over the network unless told not to, and logs the schema
-        # migrations of a new database line by line.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # It prints links to a server's pages; stdout belongs to the one line of `--json`.
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        # Its own 7 retries with growing pauses keep a user waiting for minutes on a wrong address.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-        for noisy in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
-        from mlflow import MlflowClient
-
-        with _named_errors(self.uri):
-            return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        return client(self.uri)
 
     def register(self, model: Artifact, alias: str) -> str:
         """Add a model artifact as the next version of its name and move the alias to it.
@@ -68,7 +53,7 @@ class Registry:
         Raises:
             HeliostatError: if the registry cannot be reached or refuses.
         """
-        with _named_errors(self.uri):
+        with named_errors(self.uri):
             if not self._client.search_registered_models(f"name = '{model.name}'"):
                 self._client.create_registered_model(model.name)
             version = self._version_of(model) or self._add(model)
@@ -81,69 +66,13 @@ class Registry:
         Raises:
             HeliostatError: if the registry cannot be reached.
         """
-        with _named_errors(self.uri):
+        with named_errors(self.uri):
             if not self._client.search_registered_models(f"name = '{name}'"):
                 return None
             if alias not in self._client.get_registered_model(name).aliases:
                 return None
             version = self._client.get_model_version_by_alias(name, alias)
         return str(version.tags.get(ARTIFACT_TAG, "")) or None
-
-    def log_run(
-        self,
-        name: str,
-        run: str,
-        params: Mapping[str, Any],
-        history: Sequence[Mapping[str, float]],
-        metrics: Mapping[str, float],
-    ) -> None:
-        """Record a finished training run; one that is already there is left as it is.
-
-        Args:
-            name: experiment, made on first use.
-            history: one row per logged step; `step` is its key.
-            metrics: figures of the whole run.
-
-        Raises:
-            HeliostatError: if the registry cannot be reached or refuses.
-        """
-        with _named_errors(self.uri):
-            experiment = self._experiment(name)
-            logged = self._client.search_runs([experiment], f"tags.`mlflow.runName` = '{run}'")
-            if any(found.info.status == "FINISHED" for found in logged):
-                return
-            for partial in logged:  # its writer was killed
-                self._client.delete_run(partial.info.run_id)
-            created = self._client.create_run(experiment, run_name=run)
-            self._log(created.info.run_id, created.info.start_time, params, history, metrics)
-            self._client.set_terminated(created.info.run_id)
-
-    def _log(
-        self,
-        run: str,
-        time: int,
-        params: Mapping[str, Any],
-        history: Sequence[Mapping[str, float]],
-        metrics: Mapping[str, float],
-    ) -> None:
-        from mlflow.entities import Metric, Param
-
-        points = [
-            Metric(key, float(value), time, int(row["step"]))
-            for row in history
-            for key, value in row.items()
-            if key != "step"
-        ]
-        last = max((int(row["step"]) for row in history), default=0)
-        points += [Metric(key, float(value), time, last) for key, value in metrics.items()]
-        texts = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in params.items()]
-        for kind, entries in (("metrics", points), ("params", texts)):
-            for start in range(0, len(entries), BATCH[kind]):
-                self._client.log_batch(run, **{kind: entries[start : start + BATCH[kind]]})
-
-    def _experiment(self, name: str) -> str:
-        experiment = self._client.get_experiment_by_name(name)
-        return str(experiment.experiment_id if experiment else self._client.create_experiment(name))
 
     def _version_of(self, model: Artifact) -> str | None:
         for version in self._client.search_model_versions(f"name = '{model.name}'"):
@@ -160,8 +89,34 @@ class Registry:
         return str(self._client.create_model_version(model.name, source, tags=tags).version)
 
 
+def client(uri: str) -> Any:
+    """MLflow's client of a server or a database.
+
+    Raises:
+        HeliostatError: if it cannot be reached.
+    """
+    # MLflow counts its users over the network unless told not to, and logs the schema migrations
+    # of a new database line by line.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # It prints links to a server's pages; stdout belongs to the one line of `--json`.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # Its own 7 retries with growing pauses keep a user waiting for minutes on a wrong address.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    from mlflow import MlflowClient
+
+    with named_errors(uri):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
 @contextmanager
-def _named_errors(uri: str) -> Iterator[None]:
+def named_errors(uri: str) -> Iterator[None]:
+    """What goes wrong with MLflow as an error that names the registry.
+
+    Raises:
+        HeliostatError: in place of MLflow's own.
+    """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 

@@ -3,18 +3,20 @@
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from cluster import lease, progress, telemetry
 from cluster.config import RunConfig
-from cluster.errors import HeliostatError, StorageError, TrainingError
+from cluster.errors import ConfigError, HeliostatError, StorageError, TrainingError
 from cluster.journal import Journal
+from cluster.registry import registry_uri
 from cluster.session import Session, check_capacity, open_store, session
-from cluster.stages import BY_VERB, StageResult, fingerprint, required, resolved
+from cluster.stages import BY_VERB, StageResult, fingerprint, relevant, required, resolved
 from cluster.storage import Artifact, Store
+from cluster.tracking import Status, Tracker, Tracking
 from pipelines.data.corpus import Corpus
 from pipelines.training import checkpoint, elastic, zero
 from pipelines.training.diary import Suspects
@@ -94,10 +96,9 @@ def _reshard(job: TrainJob, config: RunConfig, store: Store) -> None:
     def fits_nowhere(saved: Artifact) -> bool:
         return all(elastic.needed(saved, size, train.zero_stage) for size in train.world_sizes)
 
-    versions = store.versions("checkpoint", config.name)
-    own = [artifact for artifact in versions if artifact.manifest.detail.get("run") == job.run]
+    own = checkpoint.of_run(store, config.name, job.run)
     # The newest first without reading its files, which most resumptions need not do here.
-    if not own or not fits_nowhere(own[-1]):
+    if not own or not fits_nowhere(own[0]):
         return
     found = checkpoint.newest(store, config.name, job.run)
     if found is None or not fits_nowhere(found):
@@ -237,7 +238,10 @@ def _followed(board: Any, store: Store, run: str, config: RunConfig) -> Iterator
     stop = threading.Event()
     watchdog = Watchdog(board, store, run, config.train.hang_seconds)
     gauges = telemetry.Gauges(run, config.name)
-    with progress.bar("pretrain", config.train.steps, "steps") as bar:
+    with (
+        _tracked(store, run, config) as track,
+        progress.bar("pretrain", config.train.steps, "steps") as bar,
+    ):
 
         def follow() -> None:
             import ray
@@ -255,6 +259,7 @@ def _followed(board: Any, store: Store, run: str, config: RunConfig) -> Iterator
                 except StorageError as error:
                     progress.say(f"pretrain: the journal could not be written: {error}")
                 if rows:
+                    track(rows)
                     bar.update(int(rows[-1]["step"]), _note(rows[-1]))
                     gauges.show({**rows[-1], "slow_rank": float(watchdog.slow_rank)})
                 if last_round:
@@ -267,6 +272,29 @@ def _followed(board: Any, store: Store, run: str, config: RunConfig) -> Iterator
         finally:
             stop.set()
             follower.join(timeout=5)
+
+
+@contextmanager
+def _tracked(
+    store: Store, run: str, config: RunConfig
+) -> Iterator[Callable[[Sequence[telemetry.Row]], None]]:
+    """What takes rows to MLflow, where there is one for this storage root."""
+    try:
+        tracking = Tracking(registry_uri(store, config), config.name, run)
+    except ConfigError as error:
+        progress.say(f"pretrain: no figures go to MLflow: {error}")
+        yield lambda rows: None
+        return
+    tracker = Tracker(tracking, relevant(BY_VERB["pretrain"], resolved(config)))
+    status: Status = "FAILED"
+    try:
+        yield tracker.put
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.end(status)
 
 
 def _note(row: telemetry.Row) -> str:

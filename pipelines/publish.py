@@ -26,6 +26,7 @@ from cluster.stages import (
     resolved,
 )
 from cluster.storage import Artifact, FileEntry, Staging, Store
+from cluster.tracking import Tracking
 from pipelines.evaluation.trained import Trained
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def run(config: RunConfig) -> StageResult:
     trained = Trained.open(parent(evaluation, "checkpoint"), config)
     artifact = _write(store, config, evaluation, trained)
     with _registered_or_deleted(artifact):
-        _log_run(registry, config, evaluation, trained)
+        _log_run(registry.uri, config, evaluation, trained)
         number = registry.register(artifact, config.publish.alias)
     progress.say(
         f"publish: {artifact.uri} is version {number} of {artifact.name} in {registry.uri}, "
@@ -183,14 +184,16 @@ def _registered_or_deleted(artifact: Artifact) -> Iterator[None]:
         raise
 
 
-def _log_run(registry: Registry, config: RunConfig, evaluation: Artifact, trained: Trained) -> None:
+def _log_run(uri: str, config: RunConfig, evaluation: Artifact, trained: Trained) -> None:
+    """The run of the checkpoint, with what MLflow does not have of it yet."""
     from pipelines.training.checkpoint import read_history
 
     checkpoint = trained.checkpoint
-    params = relevant(BY_VERB["pretrain"], resolved(trained.config))
-    history = read_history(checkpoint)
-    metrics = {f"heldout_{key}": value for key, value in evaluation.manifest.metrics.items()}
-    registry.log_run(config.name, checkpoint.id, params, history, metrics)
+    tracking = Tracking(uri, config.name, checkpoint.manifest.detail["run"])
+    tracking.begin(relevant(BY_VERB["pretrain"], resolved(trained.config)))
+    tracking.log(read_history(checkpoint))
+    metrics = evaluation.manifest.metrics.items()
+    tracking.end("FINISHED", {f"heldout_{key}": value for key, value in metrics})
 
 
 def _card(

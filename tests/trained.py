@@ -129,5 +129,5 @@ def checkpoint(
         config=resolved(config),
         parents=(source,),
         metrics={"loss": 3.0},
-        detail={"zero_stage": 0, "step": 29, "seconds": 1.0},
+        detail={"run": f"{config.name}-1", "zero_stage": 0, "step": 29, "seconds": 1.0},
     )

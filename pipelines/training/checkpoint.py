@@ -309,6 +309,12 @@ def _belongs(damage: Damage, store: Store, run: str) -> bool:
     return ledger.begun(store, run)
 
 
+def of_run(store: Store, name: str, run: str) -> list[Artifact]:
+    """Checkpoints of a run by their manifests alone, newest first; what is none is passed over."""
+    found = (one for one in store.survey("checkpoint", name) if isinstance(one, Artifact))
+    return [artifact for artifact in found if artifact.manifest.detail.get("run") == run]
+
+
 def last(store: Store, name: str) -> Artifact | None:
     """The newest checkpoint of a name by its manifest alone.
 

@@ -27,6 +27,7 @@ from pipelines.training.checkpoint import (
     Progress,
     check_parent,
     newest,
+    of_run,
     progress_of,
 )
 from pipelines.training.diary import Diary, Suspects
@@ -337,11 +338,7 @@ def _forget_after(store: Store, lineage: Lineage, step: int) -> None:
     Raises:
         TrainingError: if there would be none.
     """
-    own = [
-        artifact
-        for artifact in store.versions("checkpoint", lineage.name)
-        if artifact.manifest.detail.get("run") == lineage.run
-    ]
+    own = of_run(store, lineage.name, lineage.run)
     later = [artifact for artifact in own if artifact.manifest.detail["step"] > step]
     if len(later) == len(own):
         raise TrainingError(
@@ -349,7 +346,7 @@ def _forget_after(store: Store, lineage: Lineage, step: int) -> None:
             "back to: continue with train.on_spike=continue, or take train.checkpoint_every "
             f"below {max(2, step)}"
         )
-    for artifact in reversed(later):
+    for artifact in later:
         store.delete(artifact)
 
 

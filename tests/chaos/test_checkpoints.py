@@ -19,6 +19,7 @@ from pipelines.data.corpus import Corpus
 from pipelines.training import checkpoint, ledger
 from tests import gloo
 from tests.corpora import counting_corpus
+from tests.disks import small_disk
 from tests.hunting import Hunter, tiny
 from tests.resuming import check_every_step
 
@@ -44,15 +45,8 @@ def test_every_one_of_fifty_steps_can_be_resumed(
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 5 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small tmpfs: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(tmp_path / "small") as folder:
+        yield folder
 
 
 def fill(root: Path, name: str) -> None:

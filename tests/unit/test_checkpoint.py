@@ -27,6 +27,7 @@ from pipelines.training.checkpoint import newest
 from pipelines.training.engine import World
 from pipelines.training.sampler import Sample
 from tests import fakes, gloo, saving
+from tests.disks import small_disk
 from tests.saving import NAME, RANKS, RUN
 
 
@@ -148,6 +149,7 @@ def test_a_whole_manifest_of_another_step_is_no_checkpoint(store: Store) -> None
     for file in (MANIFEST, COMMIT):
         shutil.copyfile(Path(first.path) / file, Path(second.path) / file)
     assert newest(store, NAME, RUN) == first and checkpoint.last(store, NAME) == first
+    assert checkpoint.of_run(store, NAME, RUN) == [first]
     # Whose it is cannot be told: it is neither swept away nor counted.
     assert saving.save(store, 3).version == 3
 
@@ -312,15 +314,8 @@ def test_weights_that_are_not_finite_are_not_committed(store: Store) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 5 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small tmpfs: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "small") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("work", [saving.on_a_full_disk, saving.on_a_read_only_disk])

@@ -64,31 +64,6 @@ def test_what_is_not_there_resolves_to_nothing(database: Registry, tmp_path: Pat
     assert database.resolve("unknown", "champion") is None
 
 
-def test_a_run_is_logged_once_and_whole(database: Registry) -> None:
-    history = [{"step": s, "loss": 5.0 / s} for s in range(1, 1203)]
-
-    def log(loss: float) -> Any:
-        database.log_run("runs", "runs@1", {"seed": 7, "x": "y" * 900}, history, {"final": loss})
-        experiment = database._client.get_experiment_by_name("runs")
-        return database._client.search_runs([experiment.experiment_id])
-
-    (run,) = log(0.5)
-    points = database._client.get_metric_history(run.info.run_id, "loss")
-    assert sorted((p.step, p.value) for p in points) == [(r["step"], r["loss"]) for r in history]
-    assert run.data.params["seed"] == "7" and run.data.params["x"] == "y" * 500
-    (again,) = log(0.25)
-    assert again.info.run_id == run.info.run_id and again.data.metrics["final"] == 0.5
-
-
-def test_a_run_whose_writer_was_killed_is_written_again(database: Registry) -> None:
-    experiment = database._client.create_experiment("killed")
-    partial = database._client.create_run(experiment, run_name="killed@1")
-    database.log_run("killed", "killed@1", {}, [{"step": 1, "loss": 2.0}], {})
-    (run,) = database._client.search_runs([experiment])
-    assert run.info.run_id != partial.info.run_id and run.info.status == "FINISHED"
-    assert run.data.metrics == {"loss": 2.0}
-
-
 def test_a_new_database_is_made_in_silence(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
