@@ -137,8 +137,7 @@ class Store:
             for match in map(_DIRECTORY.match, self._listing(f"{self.base}/{kind}"))
             if match
         )
-        artifacts = [artifact for artifact in found if artifact is not None]
-        return sorted(artifacts, key=lambda a: (a.name, a.version))
+        return sorted((a for a in found if a is not None), key=lambda a: (a.name, a.version))
 
     def survey(self, kind: str, name: str) -> "Iterator[Artifact | Damage]":
         """Every version that was begun, newest first, whatever became of it."""
@@ -153,12 +152,12 @@ class Store:
                 version, self.read(f"{path}/{COMMIT}"), self.read(f"{path}/{MANIFEST}")
             )
 
-    def stage(self, kind: str, name: str, run: str = "") -> "Staging":
+    def stage(self, kind: str, name: str, run: str = "", *, resume: bool = False) -> "Staging":
         """Begin the next version of an artifact; nothing exists for a reader until `commit`.
 
         Args:
-            run: who writes; what an earlier process of the same run began is swept away even
-                while that process lives.
+            run: who writes; what a process of the same run began is swept away even if it lives.
+            resume: keep instead what a process of the same run wrote that no longer lives.
 
         Raises:
             StorageError: if another live process is writing the same version.
@@ -169,7 +168,7 @@ class Store:
             if isinstance(found, Artifact) or found.foreign
         ]
         staging = Staging(self, kind, name, max(taken, default=0) + 1, run=run)
-        staging.begin()
+        staging.begin(resume)
         return staging
 
     def sweep(self, kind: str, name: str, version: int) -> None:
@@ -187,9 +186,8 @@ class Store:
         return sorted(int(m["version"]) for m in matches if m and m["name"] == name)
 
     def _listing(self, path: str) -> list[str]:
-        selector = fs.FileSelector(path, allow_not_found=True)
         with storage_errors(f"list {path}"):
-            found = self.filesystem.get_file_info(selector)
+            found = self.filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
         return [PurePosixPath(info.path).name for info in found]
 
     def _read(self, kind: str, name: str, version: int) -> "Artifact | None":
@@ -389,16 +387,18 @@ class Staging:
     def path(self) -> str:
         return f"{self.store.base}/{self.id}"
 
-    def begin(self) -> None:
+    def begin(self, resume: bool = False) -> None:
         if self.store._read(self.kind, self.name, self.version) is not None:
             raise StorageError(f"{self.id} was just written by another run: run again")
         holder, _, run = self._holder()
-        if alive(holder) and not (run and run == self.run):
+        ours = run == self.run != ""
+        if alive(holder) and (resume or not ours):
             raise StorageError(
                 f"{self.id} is being written by process {holder}: wait for it, or give this run "
                 "another name"
             )
-        self.abandon()
+        if not (resume and ours):
+            self.abandon()
         lines = (myself(), self.token, self.run)
         self._write(LOCK, lambda stream: stream.write("\n".join(lines).encode()))
 

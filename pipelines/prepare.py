@@ -8,11 +8,10 @@ comes out depends on the files and the recipe alone, never on how many tasks wor
 import functools
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,27 +19,36 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cluster import progress
 from cluster.config import RunConfig, TextData
-from cluster.errors import SourceError
+from cluster.errors import HeliostatError, SourceError
 from cluster.session import open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, resolved
 from cluster.storage import Artifact, FileEntry, Staging, Store
+from cluster.version import code_version
 from pipelines import families
-from pipelines.data import cleaning, documents, duplicates, images, sources, streaming
+from pipelines.data import cleaning, documents, duplicates, images, partitions, sources, streaming
 from pipelines.data.cleaning import Rejected
-from pipelines.data.corpus import Split
-from pipelines.data.documents import Leavings
+from pipelines.data.corpus import PART_BITS, SPLITS, Split
+from pipelines.data.partitions import Cleaned, Encoding, Shard
+from pipelines.data.scratch import Scratch
 from pipelines.data.sources import Listing, Reject, SourceFile
 from pipelines.families.base import Encoder
 
-SPLITS: tuple[Split, ...] = ("train", "heldout")
-SCRATCH = "scratch"
-"""Folder of cleaned documents inside of the version that is being written; gone at the commit."""
-LINEAGE_ROWS = 1 << 16
-"""Rows per row group of a lineage file."""
+
+@dataclass(frozen=True)
+class Left:
+    """What did not make it into the corpus, counted."""
+
+    drops: Counter[str] = field(default_factory=Counter)
+    """Documents that were read and are not wanted, by reason."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Rows and files that could not be read, by reason."""
+    files: tuple[Reject, ...] = ()
+    """The files among them; the rows lie in the scratch folder."""
+    sample: tuple[Rejected, ...] = ()
+    """Some of the documents that are not wanted."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +57,12 @@ class Chosen:
 
     splits: Mapping[Split, pa.Table]
     """Index of each split (columns `documents.INDEX`), sorted by document id."""
-    leavings: Leavings
+    left: Left
 
     @property
     def labels(self) -> list[str]:
         """Labels of the training documents, sorted; empty for text."""
         return _labels(self.splits["train"])
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What one partition and split became."""
-
-    split: Split
-    row_groups: tuple[int, ...]
-    """Rows of each row group."""
-    entry: FileEntry
-    counts: Mapping[str, int]
-    """What the encoder counted, such as `tokens` and `padding`."""
 
 
 def inputs(config: RunConfig) -> dict[str, Any]:
@@ -99,27 +95,34 @@ def run(config: RunConfig) -> StageResult:
         session(config),
         streaming.quiet(),
         progress.bar("prepare", 2 * len(parts), "partitions") as bar,
-        _staged(store, config.name) as staging,
+        _staged(store, config, found) as staging,
     ):
-        chosen = _read(config, staging, found, parts, bar)
+        cleaned = _read(config, staging, parts, bar)
+        lines_before = _lines_before(cleaned)
+        index = pa.concat_tables(part.index for part in cleaned)
+        chosen = choose(config, index, left_out(found.rejects, cleaned, lines_before))
         encoder = _fit(config, staging, chosen)
-        shards, lineage = _encode(config, staging, chosen, encoder, bar)
-        staging.store.filesystem.delete_dir(f"{staging.path}/{SCRATCH}")
-        artifact = _commit(config, staging, found, chosen, encoder, shards, lineage)
+        shards, lineage = _encode(config, staging, chosen, encoder, lines_before, bar)
+        quarantine = _quarantine(staging, chosen.left, len(parts), lines_before)
+        artifact = _commit(config, staging, found, chosen, encoder, shards, [*lineage, quarantine])
     return StageResult(artifact, _headline(artifact), artifact.manifest.metrics)
 
 
 def _listing(config: RunConfig) -> Listing:
-    return sources.listing(config.data.sources, config.data.kind)
+    data = config.data
+    return sources.listing(data.sources, data.kind, documents.readings(data))
 
 
 @contextmanager
-def _staged(store: Store, name: str) -> Iterator[Staging]:
-    """A version of the corpus that is gone unless it was committed."""
-    staging = store.stage("corpus", name)
+def _staged(store: Store, config: RunConfig, found: Listing) -> Iterator[Staging]:
+    """A version of the corpus. What was done of it stays when the run is killed or interrupted:
+    the same command goes on from there. A run that failed leaves nothing."""
+    listed = sources.summary(config.data.sources, found)
+    same = f"{fingerprint(BY_VERB['prepare'], config, None, listed)} {code_version()}"
+    staging = store.stage("corpus", config.name, run=same, resume=True)
     try:
         yield staging
-    except BaseException:
+    except HeliostatError:
         staging.abandon()
         raise
 
@@ -128,56 +131,66 @@ def _staged(store: Store, name: str) -> Iterator[Staging]:
 
 
 def _read(
-    config: RunConfig,
-    staging: Staging,
-    found: Listing,
-    parts: Sequence[Sequence[SourceFile]],
-    bar: progress.Bar,
-) -> Chosen:
-    """First pass: cleaned documents to scratch files, and which of them stay.
-
-    Raises:
-        SourceError: if nothing usable remains, or a split would be empty.
-    """
-    task = functools.partial(_read_partition, config=config, staging=staging)
+    config: RunConfig, staging: Staging, parts: Sequence[Sequence[SourceFile]], bar: progress.Bar
+) -> list[Cleaned]:
+    """First pass: cleaned documents to scratch files. In order of partition."""
+    task = functools.partial(partitions.read, data=config.data, staging=staging)
     answers = streaming.over_partitions(list(enumerate(parts)), task, config.prepare.tasks)
-    index, leavings = [], [Leavings(found.rejects)]
-    for done, (part, left) in enumerate(answers, start=1):
-        index.append(part)
-        leavings.append(left)
+    cleaned: list[Cleaned] = []
+    for done, part in enumerate(answers, start=1):
+        cleaned.append(part)
         bar.update(done, "read")
-    return choose(config, pa.concat_tables(index), documents.together(leavings))
+    return sorted(cleaned, key=lambda part: part.partition)
 
 
-def _read_partition(
-    work: tuple[int, Sequence[SourceFile]], *, config: RunConfig, staging: Staging
-) -> tuple[pa.Table, Leavings]:
-    """In a worker: the index of a partition's cleaned documents, and what was left out."""
-    partition, files = work
-    read = documents.read(files, config.data, partition)
-    filesystem = staging.store.filesystem
-    filesystem.create_dir(f"{staging.path}/{SCRATCH}", recursive=True)
-    pq.write_table(read.table, _scratch(staging, partition), filesystem=filesystem)
-    return read.table.select(documents.INDEX), read.leavings
+def left_out(
+    listed: Sequence[Reject],
+    cleaned: Sequence[Cleaned],
+    lines_before: Mapping[int, Mapping[str, int]],
+) -> Left:
+    """Everything that was left out so far. Several partitions of one file may tell the same."""
+    files = {*listed, *(reject for part in cleaned for reject in part.files)}
+    drops = sum((part.drops for part in cleaned), Counter[str]())
+    rows = sum((part.reasons for part in cleaned), Counter[str]())
+    in_order = tuple(sorted(files, key=lambda reject: (reject.file, reject.reason)))
+    sample: tuple[Rejected, ...] = ()
+    for part in cleaned:
+        before = lines_before.get(part.partition, {})
+        own = (_from_first_line(one, before) for one in part.sample)
+        sample = cleaning.sampled([*sample, *own])
+    reasons = rows + Counter(reject.reason for reject in in_order)
+    return Left(drops, reasons, in_order, sample)
 
 
-def _scratch(staging: Staging, partition: int) -> str:
-    return f"{staging.path}/{SCRATCH}/part-{partition:05d}.parquet"
+def _from_first_line(one: Rejected, before: Mapping[str, int]) -> Rejected:
+    lines = before.get(one.file, 0)
+    return replace(one, row=one.row + lines) if one.row is not None and lines else one
 
 
-def choose(config: RunConfig, index: pa.Table, leavings: Leavings) -> Chosen:
+def _lines_before(cleaned: Sequence[Cleaned]) -> dict[int, dict[str, int]]:
+    """By partition: lines of its files that earlier partitions hold."""
+    seen: Counter[str] = Counter()
+    before: dict[int, dict[str, int]] = {}
+    for part in cleaned:
+        known = {path: seen[path] for path in part.lines if seen[path]}
+        if known:
+            before[part.partition] = known
+        seen.update(part.lines)
+    return before
+
+
+def choose(config: RunConfig, index: pa.Table, left: Left) -> Chosen:
     """Duplicates out, then each document to its split. Pure.
 
     Raises:
         SourceError: if nothing usable remains, or a split would be empty.
     """
     if not index.num_rows:
-        raise SourceError(_nothing_usable(config, leavings))
+        raise SourceError(_nothing_usable(config, left))
     fraction = config.data.heldout_fraction
     unique = duplicates.unique(index)
     drops = Counter(duplicate=index.num_rows - unique.num_rows)
-    digests = unique.column("digest").to_pylist()
-    held = pa.array([is_heldout(digest, config.seed, fraction) for digest in digests])
+    held = _held(unique, config.seed, fraction)
     train, heldout = unique.filter(pc.invert(held)), unique.filter(held)
     if labels := _labels(train):
         known = heldout.filter(pc.is_in(heldout.column("label"), pa.array(labels)))
@@ -185,8 +198,18 @@ def choose(config: RunConfig, index: pa.Table, leavings: Leavings) -> Chosen:
         heldout = known
     if not train.num_rows or not heldout.num_rows:
         raise SourceError(_empty_split(fraction, unique.num_rows, heldout.num_rows))
-    together = documents.together([leavings, Leavings(drops=drops)])
-    return Chosen({"train": train, "heldout": heldout}, together)
+    left = replace(left, drops=+(left.drops + drops))
+    return Chosen({"train": train, "heldout": heldout}, left)
+
+
+def _held(index: pa.Table, seed: int, fraction: float) -> pa.ChunkedArray:
+    """Whether each document is held out; Python's objects exist for some of them at a time."""
+    batches = (batch.column("digest") for batch in index.to_batches(max_chunksize=1 << 16))
+    chunks = [
+        pa.array([is_heldout(digest, seed, fraction) for digest in digests.to_pylist()])
+        for digests in batches
+    ]
+    return pa.chunked_array(chunks, pa.bool_())
 
 
 def is_heldout(digest: bytes, seed: int, fraction: float) -> bool:
@@ -199,10 +222,10 @@ def _labels(index: pa.Table) -> list[str]:
     return sorted(label for label in index.column("label").unique().to_pylist() if label)
 
 
-def _nothing_usable(config: RunConfig, leavings: Leavings) -> str:
-    reasons = leavings.reasons + leavings.drops
+def _nothing_usable(config: RunConfig, left: Left) -> str:
+    reasons = left.reasons + left.drops
     counted = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(4)) or "no documents"
-    example = f"; such as {leavings.rejects[0].file}" if leavings.rejects else ""
+    example = f"; such as {left.files[0].file}" if left.files else ""
     return (
         f"data.sources hold no usable {config.data.kind} ({counted}{example}): "
         "give others, or loosen the limits in data"
@@ -224,8 +247,8 @@ def _empty_split(fraction: float, total: int, heldout: int) -> str:
 def _fit(config: RunConfig, staging: Staging, chosen: Chosen) -> Encoder:
     data = config.data
     limit = data.tokenizer_bytes if data.kind == "text" else images.SAMPLE_BYTES
-    wanted = list(_by_partition(sample(chosen.splits["train"], limit)).items())
-    task = functools.partial(_load, staging=staging)
+    wanted = list(_by_part(sample(chosen.splits["train"], limit)).items())
+    task = functools.partial(partitions.load, staging=staging)
     pieces = list(streaming.over_partitions(wanted, task, config.prepare.tasks))
     collected = pa.concat_tables(pieces).sort_by("digest")
     return families.load(config.family).fit_encoder(config, collected, chosen.labels)
@@ -238,92 +261,50 @@ def sample(index: pa.Table, limit: int) -> pa.Table:
     return ordered.filter(pa.array(np.cumsum(sizes) - sizes < limit))
 
 
-def _load(work: tuple[int, np.ndarray], *, staging: Staging) -> pa.Table:
-    """In a worker: some cleaned documents of a partition, in order of id."""
-    partition, ids = work
-    table = pq.read_table(_scratch(staging, partition), filesystem=staging.store.filesystem)
-    return table.filter(pc.is_in(table.column("document"), pa.array(ids)))
-
-
-def _by_partition(index: pa.Table) -> dict[int, np.ndarray]:
-    """Document ids by the partition that they lie in."""
+def _by_part(index: pa.Table) -> dict[int, np.ndarray]:
+    """Document ids by the part that they lie in."""
     ids = np.sort(index.column("document").to_numpy())
-    partitions, starts = np.unique(ids >> 32, return_index=True)
-    return dict(zip(partitions.tolist(), np.split(ids, starts[1:]), strict=True))
+    numbers, starts = np.unique(documents.part_of(ids), return_index=True)
+    return dict(zip(numbers.tolist(), np.split(ids, starts[1:]), strict=True))
 
 
 # ------------------------------------------------------------------ encode
 
 
 def _encode(
-    config: RunConfig, staging: Staging, chosen: Chosen, encoder: Encoder, bar: progress.Bar
+    config: RunConfig,
+    staging: Staging,
+    chosen: Chosen,
+    encoder: Encoder,
+    lines_before: Mapping[int, Mapping[str, int]],
+    bar: progress.Bar,
 ) -> tuple[list[Shard], list[FileEntry]]:
-    """Second pass: shards of both splits, and the lineage files."""
-    members = {split: _by_partition(index) for split, index in chosen.splits.items()}
+    """Second pass: shards of both splits in order of part, and the lineage files."""
+    members = {split: _by_part(index) for split, index in chosen.splits.items()}
     nobody = np.array([], dtype=np.int64)
     work = [
-        (partition, {split: members[split].get(partition, nobody) for split in SPLITS})
-        for partition in sorted(set(members["train"]) | set(members["heldout"]))
+        Encoding(
+            part,
+            {split: members[split].get(part, nobody) for split in SPLITS},
+            lines_before.get(part >> PART_BITS, {}),
+        )
+        for part in sorted(set(members["train"]) | set(members["heldout"]))
     ]
     task = functools.partial(
-        _encode_partition,
+        partitions.encode,
         staging=staging,
         encoder=encoder,
         row_group_rows=config.data.row_group_rows,
     )
     shards: list[Shard] = []
     lineage: list[FileEntry] = []
-    before = bar.total - len(work)
+    # A partition may have become several parts, or none: the bar's second half is a share.
+    half = bar.total // 2
     for written, origin in streaming.over_partitions(work, task, config.prepare.tasks):
         shards += written
         lineage.append(origin)
-        bar.update(before + len(lineage), "encode")
-    return sorted(shards, key=lambda shard: shard.entry.path), lineage
-
-
-def _encode_partition(
-    work: tuple[int, Mapping[Split, np.ndarray]],
-    *,
-    staging: Staging,
-    encoder: Encoder,
-    row_group_rows: int,
-) -> tuple[list[Shard], FileEntry]:
-    """In a worker: the shards of one partition, and its lineage file."""
-    # One core per task: threads of the tokenizer's own would only fight over it.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    partition, members = work
-    name = f"part-{partition:05d}.parquet"
-    shards: list[Shard] = []
-    lineage: list[pa.Table] = []
-    for split in SPLITS:
-        table = _load((partition, members[split]), staging=staging)
-        if not table.num_rows:
-            continue
-        rows = encoder.encode(table)
-        entry = _write_parquet(staging, rows, f"{split}/{name}", row_group_rows)
-        groups = _row_groups(rows.num_rows, row_group_rows)
-        shards.append(Shard(split, groups, entry, _counted(rows)))
-        origin = table.select(["document", "path", "row", "bytes"])
-        lineage.append(origin.append_column("split", pa.array([split] * table.num_rows)))
-    everything = pa.concat_tables(lineage).sort_by("document")
-    return shards, _write_parquet(staging, everything, f"documents/{name}", LINEAGE_ROWS)
-
-
-def _row_groups(rows: int, size: int) -> tuple[int, ...]:
-    return tuple(min(size, rows - start) for start in range(0, rows, size))
-
-
-def _counted(rows: pa.Table) -> dict[str, int]:
-    counts: dict[str, int] = json.loads((rows.schema.metadata or {}).get(b"counts", b"{}"))
-    return counts
-
-
-def _write_parquet(staging: Staging, table: pa.Table, path: str, row_group_rows: int) -> FileEntry:
-    sink = pa.BufferOutputStream()
-    # Dictionaries spread a page's values over two places: zstd alone packs tokens a fifth smaller.
-    options = {"compression": "zstd", "use_dictionary": False}
-    pq.write_table(table, sink, row_group_size=row_group_rows, **options)
-    return staging.write(path, sink.getvalue().to_pybytes())
+        bar.update(half + half * len(lineage) // len(work), "encode")
+    return sorted(shards, key=lambda shard: (shard.split, shard.part)), lineage
 
 
 # ------------------------------------------------------------------ commit
@@ -336,7 +317,7 @@ def _commit(
     chosen: Chosen,
     encoder: Encoder,
     shards: Sequence[Shard],
-    lineage: Sequence[FileEntry],
+    others: Sequence[FileEntry],
 ) -> Artifact:
     facts = encoder.facts()
     splits = {split: _split_detail(split, chosen, shards) for split in SPLITS}
@@ -346,13 +327,11 @@ def _commit(
     with TemporaryDirectory(prefix="heliostat-") as folder:
         encoder.save(Path(folder))
         files = staging.copy_tree(Path(folder), "encoder/")
-    files += [
-        *lineage,
-        *(shard.entry for shard in shards),
-        staging.write_json("report.json", report),
-        staging.write("quarantine.jsonl", _json_lines(chosen.leavings.rejects)),
-        staging.write("rejected.jsonl", _json_lines(chosen.leavings.sample)),
-    ]
+    files += [*others, *(shard.entry for shard in shards)]
+    files.append(staging.write_json("report.json", report))
+    rejected = b"".join(_line(asdict(one)) for one in chosen.left.sample)
+    files.append(staging.write("rejected.jsonl", rejected))
+    Scratch(staging).leave_only(files)
     return staging.commit(
         files,
         fingerprint=fingerprint(BY_VERB["prepare"], config, None, listed),
@@ -363,9 +342,33 @@ def _commit(
     )
 
 
-def _json_lines(entries: Iterable[Reject | Rejected]) -> bytes:
-    lines = (json.dumps(asdict(entry), ensure_ascii=False) for entry in entries)
-    return "".join(f"{line}\n" for line in lines).encode()
+def _quarantine(
+    staging: Staging,
+    left: Left,
+    count: int,
+    lines_before: Mapping[int, Mapping[str, int]],
+) -> FileEntry:
+    """Files that could not be read, then the rows of each partition.
+
+    Args:
+        count: number of partitions.
+    """
+    scratch = Scratch(staging)
+
+    def lines() -> Iterator[bytes]:
+        for reject in left.files:
+            yield _line(asdict(reject))
+        for partition in range(count):
+            before = lines_before.get(partition, {})
+            for line in scratch.lines(partitions.rejects_name(partition)):
+                tree = json.loads(line)
+                yield _line({**tree, "row": tree["row"] + before.get(tree["file"], 0)})
+
+    return staging.write_with("quarantine.jsonl", lambda stream: stream.writelines(lines()))
+
+
+def _line(tree: Mapping[str, Any]) -> bytes:
+    return f"{json.dumps(tree, ensure_ascii=False)}\n".encode()
 
 
 def _split_detail(split: Split, chosen: Chosen, shards: Sequence[Shard]) -> dict[str, Any]:
@@ -387,8 +390,8 @@ def _counts(found: Listing, chosen: Chosen, shards: Sequence[Shard]) -> dict[str
         "ignored": dict(sorted(found.ignored.items())),
         "documents": sum(index.num_rows for index in chosen.splits.values()),
         "bytes": sum(pc.sum(i.column("bytes")).as_py() for i in chosen.splits.values()),
-        "dropped": dict(sorted(chosen.leavings.drops.items())),
-        "quarantined": dict(sorted(chosen.leavings.reasons.items())),
+        "dropped": dict(sorted(chosen.left.drops.items())),
+        "quarantined": dict(sorted(chosen.left.reasons.items())),
         **_summed(shard.counts for shard in shards),
     }
 

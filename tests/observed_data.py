@@ -6,6 +6,7 @@ something that compares.
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,14 @@ def counts(config: RunConfig) -> Any:
     """Files read, documents that stay and that are dropped."""
     found = corpus(config).manifest.detail["counts"]
     return {key: found[key] for key in ("files", "documents", "dropped")}
+
+
+def texts_of_a_table(config: RunConfig) -> Any:
+    """Size of the documents that rows of two columns of text become."""
+    Path("docs").mkdir()
+    rows = [{"text": f"第{n}行" * 20, "body": f"line {n} " * 30} for n in range(80)]
+    Path("docs/a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return _prepared(config)[0].manifest.detail["counts"]["bytes"]
 
 
 def splits(config: RunConfig) -> Any:

@@ -1,18 +1,26 @@
 """`data`: where documents come from and how they become training rows."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config.base import OPERATIONAL, Fraction, Operational, Positive, Section
 from cluster.config.cleaning import DEFAULT_STEPS, Steps
+from cluster.errors import ConfigError
 
 Sources = Annotated[tuple[str, ...], Field(min_length=1)]
+OTHERS = "*"
+"""In `data.columns`: every source that is not named there."""
 
 
 class DataSection(Section):
     sources: Sources
-    """Files, folders or URIs; `builtin:NAME` for a corpus that every installation has."""
+    """Files, folders, patterns or URIs; `NAME.urls` is a text file of URIs, one per line;
+    `builtin:NAME` a corpus that every installation has."""
+    columns: dict[str, dict[Literal["text", "image", "label"], str]] = {}
+    """What tables call their columns, by source: `{SOURCE: {text: content}}`; `*` is for the
+    sources that are not named. A table is a jsonl, csv, tsv, parquet, arrow or feather file."""
     heldout_fraction: Annotated[Fraction, Field(gt=0, lt=1)] = 0.02
     """Share of documents kept out of training, chosen by a hash of the content."""
     partition_bytes: Positive = 8 * 2**20
@@ -20,12 +28,19 @@ class DataSection(Section):
     row_group_rows: Positive = 256
     """Rows per Parquet row group: the unit that training permutes and fetches."""
 
+    @model_validator(mode="after")
+    def _columns_name_sources(self) -> "DataSection":
+        _check_sources("data.columns", set(self.columns) - {OTHERS}, self.sources)
+        return self
+
 
 class TextData(DataSection):
     """Documents of text, packed to rows of tokens."""
 
     kind: Literal["text"] = "text"
     """Follows from `family`; need not be given."""
+    lines: tuple[str, ...] = ()
+    """Sources of whose text files each line is a document; of others, each file is one."""
     min_characters: Annotated[int, Field(ge=0)] = 32
     """Shorter documents are dropped."""
     max_characters: Positive = 2_000_000
@@ -38,6 +53,11 @@ class TextData(DataSection):
     """Bytes of cleaned text that the tokenizer is trained on."""
     sequence_length: Annotated[int, Field(ge=8, le=2**20)] = 256
     """Predictions per row: a row stores this many tokens and one more."""
+
+    @model_validator(mode="after")
+    def _lines_name_sources(self) -> "TextData":
+        _check_sources("data.lines", self.lines, self.sources)
+        return self
 
 
 class ImageData(DataSection):
@@ -53,6 +73,11 @@ class ImageData(DataSection):
     """Augmentation: largest shift of a training image, as a share of its side."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 10.0
     """Augmentation: largest rotation of a training image, in degrees."""
+
+
+def _check_sources(key: str, named: Iterable[str], sources: tuple[str, ...]) -> None:
+    for name in sorted(set(named) - set(sources)):
+        raise ConfigError(f"{key} names {name}, which is none of data.sources: write it as there")
 
 
 Data = Annotated[TextData | ImageData, Field(discriminator="kind")]

@@ -3,8 +3,8 @@
     encoder/                  tokenizer or preprocessor files, as a published model carries them
     train/part-00000.parquet  rows of one partition, in row groups of `data.row_group_rows`
     heldout/part-00000.parquet
-    documents/part-00000.parquet   lineage: document id, path, row (line of a .jsonl), bytes,
-                              split; no content
+    documents/part-00000.parquet   lineage: document id, path, row (line of a .jsonl), start and
+                              end (bytes of the record in the file), bytes, split; no content
     report.json               counts: files, documents, bytes, drops by reason
     quarantine.jsonl          what could not be read: file, row and reason, never content
 
@@ -26,8 +26,19 @@ from cluster.errors import ArtifactError
 from cluster.storage import Artifact
 
 Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
 Columns = dict[str, np.ndarray]
 """One row group: column -> array whose first axis is the row."""
+
+
+PART_BITS, PLACE_BITS = 12, 20
+"""Of a document's id, behind the number of its partition: its part there, and its place in it."""
+
+
+def part_name(part: int) -> str:
+    """File name of a part, by its number; all but the first of a partition carry their place."""
+    partition, place = divmod(part, 1 << PART_BITS)
+    return f"part-{partition:05d}{f'-{place:04d}' if place else ''}.parquet"
 
 
 @dataclass(frozen=True)

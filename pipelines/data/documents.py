@@ -1,16 +1,24 @@
-"""One partition's files to a table of cleaned documents, with a count of everything left out."""
+"""One partition's files to tables of cleaned documents, with a count of everything left out.
+
+A *part* is as many documents as one task holds in memory. Most partitions become one part; one of
+a compressed or otherwise indivisible file may become many. The id of a document is the number of
+its partition, of its part and of its place there: it follows from the listing and the content.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from cluster.config import ImageData, TextData
+from cluster.config.data import OTHERS
 from pipelines.data import cleaning, duplicates, images, sources
 from pipelines.data.cleaning import Document, Drop, Rejected
-from pipelines.data.sources import Payload, Reject, SourceFile
+from pipelines.data.corpus import PART_BITS, PLACE_BITS
+from pipelines.data.sources import Lines, Payload, RawText, Reading, Reject, SourceFile
 
 MAX_BYTES_PER_CHARACTER = 4
 """Of UTF-8: a longer file is longer than `data.max_characters` whatever it holds."""
@@ -19,6 +27,8 @@ _LINEAGE = [
     ("document", pa.int64()),
     ("path", pa.string()),
     ("row", pa.int64()),
+    ("start", pa.int64()),
+    ("end", pa.int64()),
     ("digest", pa.binary(duplicates.DIGEST_BYTES)),
     ("bytes", pa.int64()),
     ("label", pa.string()),
@@ -32,8 +42,11 @@ _PAYLOAD: dict[Payload, list[tuple[str, pa.DataType]]] = {
         ("channels", pa.int32()),
     ],
 }
-INDEX = [name for name, _ in _LINEAGE if name not in ("path", "row")]
+INDEX = ["document", "digest", "bytes", "label"]
 """Columns that the driver needs of every document."""
+ORIGIN = ["document", "path", "row", "start", "end", "bytes"]
+"""Columns that lead back to the sources: file, row, and the bytes of the record in the
+decompressed file; null where the file has no rows or its rows no bytes of their own."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,8 @@ class Leavings:
     """Documents that were read and are not wanted, by reason."""
     sample: tuple[Rejected, ...] = ()
     """Some of those, each reason's own."""
+    lines: Counter[str] = field(default_factory=Counter)
+    """Lines of files that several partitions share: `row` counts from the partition's first."""
 
     @property
     def reasons(self) -> Counter[str]:
@@ -58,12 +73,14 @@ def together(leavings: Iterable[Leavings]) -> Leavings:
     rejects: set[Reject] = set()
     drops: Counter[str] = Counter()
     sample: tuple[Rejected, ...] = ()
+    lines: Counter[str] = Counter()
     for one in leavings:
         rejects.update(one.rejects)
         drops.update(one.drops)
         sample = cleaning.sampled([*sample, *one.sample])
+        lines.update(one.lines)
     in_order = sorted(rejects, key=lambda r: (r.file, r.row or 0, r.reason))
-    return Leavings(tuple(in_order), +drops, sample)
+    return Leavings(tuple(in_order), +drops, sample, lines)
 
 
 @dataclass(frozen=True)
@@ -73,36 +90,101 @@ class Documents:
     leavings: Leavings
 
 
-Outcome = dict[str, Any] | Rejected | Reject
+Outcome = dict[str, Any] | Rejected | Reject | Lines
 """A document as columns, or why there is none."""
 
 
-def read(files: Sequence[SourceFile], data: TextData | ImageData, partition: int) -> Documents:
-    """Read and clean a partition. Ids are `partition << 32 | place among its documents`."""
-    rows: list[dict[str, Any]] = []
-    rejects: list[Reject] = []
-    dropped: list[Rejected] = []
-    for outcome in _outcomes(files, data):
+_SAMPLE_LIMIT = 10_000
+"""Dropped documents that are held before they are sampled."""
+
+
+class _Part:
+    """A part that is being filled."""
+
+    def __init__(self, partition: int, number: int) -> None:
+        self._first = partition << (PART_BITS + PLACE_BITS) | number << PLACE_BITS
+        self.rows: list[dict[str, Any]] = []
+        self.size = 0
+        self._rejects: list[Reject] = []
+        self._drops: Counter[str] = Counter()
+        self._sample: list[Rejected] = []
+        self._lines: Counter[str] = Counter()
+
+    def add(self, outcome: Outcome) -> None:
         if isinstance(outcome, Reject):
-            rejects.append(outcome)
+            self._rejects.append(outcome)
         elif isinstance(outcome, Rejected):
-            dropped.append(outcome)
+            self._drops[outcome.reason] += 1
+            self._sample.append(outcome)
+            if len(self._sample) == _SAMPLE_LIMIT:
+                self._sample = list(cleaning.sampled(self._sample))
+        elif isinstance(outcome, Lines):
+            self._lines[outcome.file] += outcome.count
         else:
-            rows.append({"document": partition << 32 | len(rows), **outcome})
-    drops = Counter(one.reason for one in dropped)
-    leavings = Leavings(tuple(rejects), drops, cleaning.sampled(dropped))
-    return Documents(pa.Table.from_pylist(rows, schema(data.kind)), leavings)
+            self.rows.append({"document": self._first | len(self.rows), **outcome})
+            self.size += outcome["bytes"]
+
+    def is_full(self, size: int) -> bool:
+        return self.size >= size or len(self.rows) == 1 << PLACE_BITS
+
+    def documents(self, payload: Payload) -> "Documents":
+        table = pa.Table.from_pylist(self.rows, schema(payload))
+        sample = cleaning.sampled(self._sample)
+        return Documents(table, Leavings(tuple(self._rejects), self._drops, sample, self._lines))
+
+
+def parts(
+    files: Sequence[SourceFile], data: TextData | ImageData, partition: int
+) -> Iterator[Documents]:
+    """Read and clean a partition; at least one part, each of about `data.partition_bytes`."""
+    part = _Part(partition, number := 0)
+    for file in files:
+        for outcome in _outcomes(file, data):
+            if part.is_full(data.partition_bytes):
+                yield part.documents(data.kind)
+                part = _Part(partition, number := number + 1)
+            if number == 1 << PART_BITS:
+                part.add(_too_large(file, data.partition_bytes))
+                break
+            part.add(outcome)
+    yield part.documents(data.kind)
+
+
+def read(files: Sequence[SourceFile], data: TextData | ImageData, partition: int) -> Documents:
+    """All parts of a partition as one."""
+    found = list(parts(files, data, partition))
+    table = pa.concat_tables(part.table for part in found)
+    return Documents(table, together(part.leavings for part in found))
+
+
+def part_of(ids: np.ndarray) -> np.ndarray:
+    """Numbers of the parts that documents lie in, counted through all partitions."""
+    return ids >> PLACE_BITS
+
+
+def readings(data: TextData | ImageData) -> dict[str, Reading]:
+    """How each source's files become documents."""
+    lines = data.lines if isinstance(data, TextData) else ()
+    return {
+        source: Reading(
+            **data.columns.get(source, data.columns.get(OTHERS, {})), lines=source in lines
+        )
+        for source in data.sources
+    }
+
+
+def _too_large(file: SourceFile, size: int) -> Reject:
+    reason = f"over {1 << PART_BITS} times data.partition_bytes {size}: cut it, or raise that"
+    return Reject(file.path, None, reason)
 
 
 def schema(payload: Payload) -> pa.Schema:
     return pa.schema(_LINEAGE + _PAYLOAD[payload])
 
 
-def _outcomes(files: Sequence[SourceFile], data: TextData | ImageData) -> Iterator[Outcome]:
-    read_file: Callable[[SourceFile], Iterator[Outcome]]
-    read_file = _text_reader(data) if isinstance(data, TextData) else _image_reader(data)
-    for file in files:
-        yield from read_file(file)
+def _outcomes(file: SourceFile, data: TextData | ImageData) -> Iterator[Outcome]:
+    reader = _text_reader(data) if isinstance(data, TextData) else _image_reader(data)
+    return reader(file)
 
 
 def _text_reader(data: TextData) -> Callable[[SourceFile], Iterator[Outcome]]:
@@ -111,7 +193,7 @@ def _text_reader(data: TextData) -> Callable[[SourceFile], Iterator[Outcome]]:
 
     def read_file(file: SourceFile) -> Iterator[Outcome]:
         for raw in sources.read_texts(file, max_bytes):
-            if isinstance(raw, Reject):
+            if not isinstance(raw, RawText):
                 yield raw
                 continue
             document = Document(raw.text, file.path, raw.row, file.extension)
@@ -120,7 +202,12 @@ def _text_reader(data: TextData) -> Callable[[SourceFile], Iterator[Outcome]]:
                 yield cleaning.rejected(document, text)
                 continue
             payload = text.encode()
-            yield _lineage(file, raw.row, payload, len(payload)) | {"text": text}
+            yield _origin(file, raw.row, raw.span) | {
+                "digest": duplicates.digest(payload),
+                "bytes": len(payload),
+                "label": None,
+                "text": text,
+            }
 
     return read_file
 
@@ -132,7 +219,9 @@ def _image_reader(data: ImageData) -> Callable[[SourceFile], Iterator[Outcome]]:
                 yield raw
                 continue
             height, width, channels = raw.pixels.shape
-            yield _lineage(file, raw.row, raw.original, raw.pixels.nbytes) | {
+            yield _origin(file, raw.row, None) | {
+                "digest": duplicates.digest(raw.original),
+                "bytes": raw.pixels.nbytes,
                 "label": raw.label,
                 "pixels": raw.pixels.tobytes(),
                 "height": height,
@@ -143,11 +232,6 @@ def _image_reader(data: ImageData) -> Callable[[SourceFile], Iterator[Outcome]]:
     return read_file
 
 
-def _lineage(file: SourceFile, row: int | None, payload: bytes, size: int) -> dict[str, Any]:
-    return {
-        "path": file.path,
-        "row": row,
-        "digest": duplicates.digest(payload),
-        "bytes": size,
-        "label": None,
-    }
+def _origin(file: SourceFile, row: int | None, span: tuple[int, int] | None) -> dict[str, Any]:
+    start, end = span or (None, None)
+    return {"path": file.path, "row": row, "start": start, "end": end}

@@ -17,7 +17,10 @@ import pyarrow as pa
 
 from cluster.config import ImageData
 from cluster.errors import SourceError
-from pipelines.data.sources import DIGITS_SOURCE, Reject, SourceFile, open_binary
+from pipelines.data.sources import DIGITS_SOURCE, Reject, SourceFile, columnar, open_binary
+from pipelines.data.sources.decoding import decode
+from pipelines.data.sources.files import COLUMNAR
+from pipelines.data.sources.opening import why
 
 if TYPE_CHECKING:
     from cluster.config import RunConfig
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 SAMPLE_BYTES = 64 << 20
 """Pixels that mean and deviation are measured on."""
 MODES = {1: "L", 3: "RGB"}
+MAX_BYTES = 256 << 20
+"""Of an encoded picture."""
 
 
 @dataclass(frozen=True)
@@ -140,30 +145,78 @@ def arrays(documents: pa.Table) -> Iterator[np.ndarray]:
 
 
 def read_images(file: SourceFile, data: ImageData) -> Iterator[RawImage | Reject]:
-    """The images of one file; its label is the first folder inside of the source."""
-    if file.path == DIGITS_SOURCE:
-        yield from _digits(data)
-        return
+    """The images of one file.
+
+    The label of a picture of its own is the first folder inside of the source. In a Parquet or
+    Arrow file, each row has an encoded picture (bytes, or a struct with a field `bytes` as Hugging
+    Face writes it) and its label: text, or a number, which a saved dataset gives a name.
+    """
+    try:
+        if file.path == DIGITS_SOURCE:
+            yield from _digits(data)
+        elif file.extension in COLUMNAR:
+            yield from _table(file, data)
+        else:
+            yield _picture(file, data)
+    except OSError as error:
+        yield Reject(file.path, None, why(error))
+
+
+def _picture(file: SourceFile, data: ImageData) -> RawImage | Reject:
     label, separator, _ = file.inside.partition("/")
     if not separator:
-        yield Reject(file.path, None, "no class: it lies in no folder of the source")
-        return
+        return Reject(file.path, None, "no class: it lies in no folder of the source")
+    with open_binary(file) as stream:
+        raw = stream.read(MAX_BYTES + 1)
+    return _labelled(file, None, raw, label, data)
+
+
+def _table(file: SourceFile, data: ImageData) -> Iterator[RawImage | Reject]:
+    columns = [file.reading.image, file.reading.label]
+    names = _class_names(columnar.schema(file), file.reading.label)
+    for row in columnar.rows(file, columns):
+        picture, label = row.cells
+        if isinstance(picture, dict):
+            picture = picture.get("bytes")
+        if isinstance(label, int) and names and 0 <= label < len(names):
+            label = names[label]
+        if isinstance(label, bytes):
+            label = decode(label)
+        if not isinstance(picture, bytes):
+            yield Reject(file.path, row.number, f"no picture in column `{columns[0]}`")
+        elif not isinstance(label, str | int) or label == "":
+            yield Reject(file.path, row.number, f"no class in column `{columns[1]}`")
+        else:
+            yield _labelled(file, row.number, picture, str(label), data)
+
+
+def _class_names(schema: pa.Schema, label: str) -> list[str]:
+    """What `datasets` noted about a column of numbers; empty where it noted nothing."""
     try:
-        image = _decode(file, data.channels)
-    except FileNotFoundError:
-        yield Reject(file.path, None, "it vanished after it was listed")
+        noted = json.loads((schema.metadata or {})[b"huggingface"])
+        names = noted["info"]["features"][label]["names"]
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return []
+    plain = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if plain else []
+
+
+def _labelled(
+    file: SourceFile, row: int | None, raw: bytes, label: str, data: ImageData
+) -> RawImage | Reject:
+    if len(raw) > MAX_BYTES:
+        return Reject(file.path, row, f"over {MAX_BYTES} bytes: no picture to train on")
+    try:
+        image = _decode(raw, data.channels)
     except (OSError, ValueError, SyntaxError) as error:
         # Pillow reports damage by any of these; their text may quote the file.
-        yield Reject(file.path, None, f"not a whole PNG or JPEG image ({type(error).__name__})")
-    else:
-        yield _raw(None, image, label, data)
+        return Reject(file.path, row, f"not a whole PNG or JPEG image ({type(error).__name__})")
+    return _raw(row, image, label, data)
 
 
-def _decode(file: SourceFile, channels: int) -> np.ndarray:
+def _decode(raw: bytes, channels: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
-    with open_binary(file) as stream:
-        raw = stream.read()
     with warnings.catch_warnings():
         # A picture that is too large to be honest is damage too, not a line on the screen.
         warnings.simplefilter("error", Image.DecompressionBombWarning)

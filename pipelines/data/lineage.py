@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import ArtifactError
-from pipelines.data.corpus import Corpus, Split
+from pipelines.data.corpus import PLACE_BITS, Corpus, Split, part_name
 
 COLUMNS = ("segment_documents", "document")
 """Where rows name their documents: text packs several, an image is one."""
@@ -38,11 +38,11 @@ def documents(corpus: Corpus, split: Split, samples: Iterable[int]) -> list[str]
 
 
 def _places(corpus: Corpus, ids: set[int]) -> list[str]:
-    """Lineage tables are one per partition, and an id begins with its partition's number."""
+    """Lineage tables are one per part, and an id begins with its part's number."""
     found: list[str] = []
-    for partition in sorted({number >> 32 for number in ids}):
-        wanted = pa.array(sorted(i for i in ids if i >> 32 == partition), pa.int64())
-        path = f"documents/part-{partition:05d}.parquet"
+    for part in sorted({number >> PLACE_BITS for number in ids}):
+        wanted = pa.array(sorted(i for i in ids if i >> PLACE_BITS == part), pa.int64())
+        path = f"documents/{part_name(part)}"
         try:
             table = pq.read_table(
                 corpus.artifact.file(path),

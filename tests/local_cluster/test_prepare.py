@@ -15,9 +15,10 @@ from cluster.errors import SourceError, StorageError
 from cluster.stages import BY_VERB
 from cluster.storage import Artifact
 from pipelines import families, prepare
+from pipelines.data import scratch
 from pipelines.data.corpus import Corpus
 from pipelines.data.tokenizer import END_OF_TEXT, open_tokenizer
-from tests import fakes
+from tests import fakes, preparing
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -46,10 +47,14 @@ def pile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top
 
 
-def recipe(pile: Path, root: Path, *overrides: str) -> RunConfig:
+def overrides(pile: Path, root: Path) -> list[str]:
     sizes = ["data.vocab_size=500", "data.sequence_length=32", "data.partition_bytes=2000"]
     split = ["data.heldout_fraction=0.2", "data.row_group_rows=8"]
-    return fakes.config("gpt-demo", f"data.sources=[{pile}]", *sizes, *split, *overrides, root=root)
+    return [f"storage.root={root}", f"data.sources=[{pile}]", *sizes, *split]
+
+
+def recipe(pile: Path, root: Path, *more: str) -> RunConfig:
+    return fakes.config("gpt-demo", *overrides(pile, root), *more)
 
 
 def content(artifact: Artifact) -> dict[str, str]:
@@ -123,11 +128,45 @@ def test_every_row_leads_back_to_its_files(corpus: Artifact) -> None:
 
 
 def test_bytes_do_not_depend_on_the_workers(corpus: Artifact, pile: Path, root: Path) -> None:
-    again = prepared(recipe(pile, root, "prepare.tasks=3"))
-    assert content(again) == content(corpus)
-    assert again.manifest.fingerprint == corpus.manifest.fingerprint
-    assert left_over(root) == ["gpt-demo@1"]
-    assert not (Path(again.path) / prepare.SCRATCH).exists()
+    for tasks in (2, 4):
+        again = prepared(recipe(pile, root / str(tasks), f"prepare.tasks={tasks}"))
+        assert content(again) == content(corpus)
+        assert again.manifest.fingerprint == corpus.manifest.fingerprint
+        assert left_over(root / str(tasks)) == ["gpt-demo@1"]
+        assert not (Path(again.path) / scratch.FOLDER).exists()
+
+
+def test_killed_runs_go_on_from_what_was_finished(corpus: Artifact, pile: Path, root: Path) -> None:
+    import ray
+
+    config = recipe(pile, root, "prepare.tasks=1")
+    address = ray.get_runtime_context().gcs_address
+    version = root / "corpus" / "gpt-demo@1"
+    seen: list[dict[str, int]] = []
+
+    def finished(kind: str, count: int) -> bool:
+        found = preparing.records(version, kind)
+        seen.append(found)
+        return len(found) >= count
+
+    given = [*overrides(pile, root), "prepare.tasks=1"]
+    preparing.killed_driver(given, address, lambda: finished("read", 3))
+    read = seen[-1]
+    assert not list(version.glob("COMMIT"))
+    preparing.killed_driver(given, address, lambda: finished("encode", 2))
+    assert read.items() <= preparing.records(version, "read").items(), "read again"
+    shards = {path: path.stat().st_ino for path in version.glob("train/part-*.parquet")}
+    encoded = preparing.records(version, "encode")
+    with preparing.WorkerHunter(1) as hunter:
+        made = prepared(config)
+    assert hunter.killed
+    assert content(made) == content(corpus)
+    assert made.manifest.version == 1 and len(encoded) >= 2
+    kept = [path for path, inode in shards.items() if path.stat().st_ino == inode]
+    assert len(kept) >= len(encoded) - 1, "encoded again"
+    listed = {entry.path for entry in made.manifest.files} | {"manifest.json", "COMMIT"}
+    found = {path.relative_to(version).as_posix() for path in version.rglob("*") if path.is_file()}
+    assert found == listed
 
 
 def test_second_time_is_skipped_until_a_file_changes(pile: Path, root: Path) -> None:

@@ -57,6 +57,9 @@ CASES = (
     Case("prepare.tasks", "3", data.ray_data_tasks, SMALL),
     # data
     Case("data.sources", "[docs, more]", data.counts, SMALL),
+    Case("data.columns", "{docs: {text: body}}", data.texts_of_a_table, SMALL),
+    Case("data.columns", "{'*': {text: body}}", data.texts_of_a_table, SMALL),
+    Case("data.lines", "[docs]", data.counts, (*SMALL, "data.min_characters=1")),
     Case("data.heldout_fraction", "0.5", data.splits, SMALL),
     Case("data.partition_bytes", "9000", data.row_groups, SPREAD),
     Case("data.row_group_rows", "4", data.row_groups, SPREAD),

@@ -9,7 +9,6 @@ from cluster.config import RunConfig
 from cluster.errors import SourceError
 from pipelines import prepare
 from pipelines.data import documents, duplicates
-from pipelines.data.documents import Leavings
 from tests import fakes
 
 TEXTS = [f"第{n}篇 document number {n}" for n in range(400)]
@@ -30,7 +29,7 @@ def index(texts: list[str], labels: list[str] | None = None) -> pa.Table:
 
 def choose(table: pa.Table, *overrides: str) -> prepare.Chosen:
     config = settings(*overrides)
-    return prepare.choose(config, table, Leavings(drops=Counter(too_short=2)))
+    return prepare.choose(config, table, prepare.Left(drops=Counter(too_short=2)))
 
 
 def settings(*overrides: str) -> RunConfig:
@@ -54,7 +53,7 @@ def test_a_document_keeps_its_side_when_others_come_and_go() -> None:
 def test_copies_never_land_on_both_sides() -> None:
     chosen = choose(index(TEXTS * 2))
     assert sum(table.num_rows for table in chosen.splits.values()) == len(TEXTS)
-    assert chosen.leavings.drops == {"duplicate": 400, "too_short": 2}
+    assert chosen.left.drops == {"duplicate": 400, "too_short": 2}
 
 
 def test_label_that_training_never_sees_is_dropped_and_counted() -> None:
@@ -63,7 +62,7 @@ def test_label_that_training_never_sees_is_dropped_and_counted() -> None:
     labels = ["rare" if n == alone else "common" for n in range(400)]
     chosen = choose(index(TEXTS, labels))
     assert chosen.labels == ["common"]
-    assert chosen.leavings.drops["label_not_in_training"] == 1
+    assert chosen.left.drops["label_not_in_training"] == 1
     assert alone not in chosen.splits["heldout"].column("document").to_pylist()
 
 

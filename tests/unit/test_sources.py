@@ -10,7 +10,7 @@ from pyarrow import fs
 
 from cluster.errors import SourceError
 from pipelines.data import sources
-from pipelines.data.sources import RawText, Reject, SourceFile
+from pipelines.data.sources import RawText, Reject, SourceFile, remote
 
 CHINESE = "春眠不觉晓,处处闻啼鸟。\nمرحبا Ελλάδα 🌾 naïve\n"
 
@@ -53,18 +53,18 @@ def test_remote_listing_goes_through_the_filesystem(tmp_path: Path) -> None:
     (tmp_path / "deep" / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("b")
     base, local = str(tmp_path), fs.LocalFileSystem()
-    everything = sources.list_remote("s3://bucket/x", "s3://bucket/x", local, base)
+    everything = remote.list_filesystem("s3://bucket/x", "s3://bucket/x", local, base)
     assert [f.inside for f in everything.files] == ["b.txt", "deep/a.txt"]
-    matching = sources.list_remote("s3://bucket/x/d*.txt", "s3://bucket/x", local, base)
+    matching = remote.list_filesystem("s3://bucket/x/d*.txt", "s3://bucket/x", local, base)
     assert [f.path for f in matching.files] == ["s3://bucket/x/d*.txt/deep/a.txt"]
     with pytest.raises(SourceError, match="nothing at"):
-        sources.list_remote("s3://bucket/y", "s3://bucket/y", local, f"{base}/absent")
+        remote.list_filesystem("s3://bucket/y", "s3://bucket/y", local, f"{base}/absent")
 
 
 def test_remote_file_is_read_through_its_root(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(CHINESE.encode()))
     remote = SourceFile("r", str(tmp_path / "a.txt.gz"), f"file://{tmp_path}", 1, 1, "a.txt.gz")
-    assert list(sources.read_texts(remote, 1000)) == [RawText(None, CHINESE)]
+    assert list(sources.read_texts(remote, 1000)) == [RawText(None, CHINESE, (0, 71))]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,23 @@ def test_partitions_follow_from_the_listing_alone() -> None:
     assert [[f.path for f in part] for part in parts] == [["a", "b"], ["c"], ["d", "e", "f"]]
 
 
+def test_partition_holds_one_source_and_a_large_file_of_records_is_cut() -> None:
+    def of(source: str, name: str, size: int) -> SourceFile:
+        return SourceFile(f"{source}/{name}", f"/{name}", "", size, 0, name, source)
+
+    files = [of("s", "a.txt", 4), of("t", "b.txt", 4), of("t", "c.jsonl", 25), of("t", "d.txt", 30)]
+    parts = sources.partition([*files, of("t", "e.jsonl.gz", 25)], 10)
+    assert [[(f.inside, f.span) for f in part] for part in parts] == [
+        [("a.txt", None)],
+        [("b.txt", None)],
+        [("c.jsonl", (0, 8))],
+        [("c.jsonl", (8, 16))],
+        [("c.jsonl", (16, 25))],
+        [("d.txt", None)],
+        [("e.jsonl.gz", None)],
+    ]
+
+
 def test_summary_sees_sizes_and_times_but_not_where_a_builtin_lies(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
@@ -120,61 +137,6 @@ def test_summary_sees_sizes_and_times_but_not_where_a_builtin_lies(tmp_path: Pat
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("a.txt", "naïve".encode("latin-1"), "not UTF-8"),
-        ("a.txt", "漢字".encode("utf-16"), "UTF-16"),
-        ("a.txt", b"ab\0cd", "NUL"),
-        ("a.txt", b"x" * 1001, "over 1000 bytes"),
-        ("a.txt.gz", b"not gzip at all", "damaged gzip"),
-        ("a.txt.gz", gzip.compress(b"abcdefgh" * 50)[:-9], "damaged gzip"),
-        ("a.txt.gz", gzip.compress(b"\n" * 10_000_000), "over 1000 bytes"),
-    ],
-)
-def test_unreadable_file_is_quarantined_with_its_reason_and_no_content(
-    tmp_path: Path, name: str, content: bytes, reason: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    (reject,) = read(tmp_path)
-    assert isinstance(reject, Reject)
-    assert reject.file.endswith(name)
-    assert reason in reject.reason
-
-
-def test_broken_lines_are_quarantined_one_by_one(tmp_path: Path) -> None:
-    lines = [
-        json.dumps({"text": CHINESE}, ensure_ascii=False).encode(),
-        b"{broken",
-        b"",
-        b'{"text": 5}',
-        b"[1, 2]",
-        b'{"text": "\xff"}',
-        b'{"text": "\\ud800"}',
-        b"[" * 900,
-        b'"' + b"x" * 3000,
-        b'{"text": "last", "other": 1}',
-    ]
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
-    items = read(tmp_path)
-    assert [(i.row, i.text) for i in items if isinstance(i, RawText)] == [
-        (1, CHINESE),
-        (10, "last"),
-    ]
-    assert [i.row for i in items if isinstance(i, Reject)] == [2, 4, 5, 6, 7, 8, 9]
-
-
-def test_deeply_nested_line_is_no_crash(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b"[" * 200_000 + b"]" * 200_000)
-    (reject,) = read(tmp_path, max_bytes=1_000_000)
-    assert isinstance(reject, Reject)
-
-
-def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + CHINESE.encode())
-    assert read(tmp_path) == [RawText(None, CHINESE)]
-
-
 def test_fifo_and_links_never_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "good.txt").write_text("good")
@@ -185,20 +147,6 @@ def test_fifo_and_links_never_hang(tmp_path: Path) -> None:
     reasons = {Path(r.file).name: r.reason for r in found.rejects}
     assert reasons.keys() == {"pipe.txt", "dangling.txt", "circle"}
     assert reasons["pipe.txt"] == "not a regular file"
-
-
-def test_file_that_changes_under_the_reader_is_quarantined(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("here")
-    (listed,) = sources.listing([str(tmp_path)], "text").files
-    path.unlink()
-    (gone,) = sources.read_texts(listed, 100)
-    assert isinstance(gone, Reject)
-    assert "vanished" in gone.reason
-    os.mkfifo(path)
-    (pipe,) = sources.read_texts(listed, 100)
-    assert isinstance(pipe, Reject)
-    assert "not a regular file" in pipe.reason
 
 
 def test_name_that_is_not_utf8_is_quarantined(tmp_path: Path) -> None:

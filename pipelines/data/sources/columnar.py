@@ -1,0 +1,234 @@
+"""Parquet and Arrow: rows of the columns that the recipe names, a bounded batch at a time.
+
+Nothing is ever unpickled: a file with a column of a type that Python would have to run code for is
+refused as a whole, and of the rest only the named columns are read.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.data.sources.decoding import decode, too_long, undecodable
+from pipelines.data.sources.delimited import no_column
+from pipelines.data.sources.files import RawText, Reject, SourceFile
+from pipelines.data.sources.opening import (
+    FREE_EXPANSION,
+    MAX_EXPANSION,
+    Unreadable,
+    open_seekable,
+)
+
+BATCH_BYTES = 8 << 20
+"""Decoded bytes of a column that are held at once, where rows are about as long as each other."""
+EXTENSION = b"ARROW:extension:name"
+PLAIN_EXTENSIONS = ("arrow.json",)
+"""Types whose storage is what they mean."""
+
+
+@dataclass(frozen=True)
+class Row:
+    number: int
+    """Counted from 1 through the whole file."""
+    cells: tuple[Any, ...]
+
+
+def texts(file: SourceFile, max_bytes: int) -> Iterator[RawText | Reject]:
+    """
+    Raises:
+        Unreadable: if the file is damaged, lacks the column, or holds what would run code.
+        OSError: if the storage fails.
+    """
+    name, given = file.reading.text, 0
+    for row in rows(file, [name], text=True):
+        (cell,) = row.cells
+        if cell is None:
+            yield Reject(file.path, row.number, f"nothing in column `{name}`")
+            continue
+        given += len(cell)
+        # A dictionary holds a value once, and a million rows may repeat it.
+        if given > max(FREE_EXPANSION, MAX_EXPANSION * file.size):
+            raise Unreadable(f"a decompression bomb: {file.size} bytes became {given}")
+        if len(cell) > max_bytes:
+            yield Reject(file.path, row.number, too_long(max_bytes))
+            continue
+        text = decode(cell)
+        if text is None:
+            yield Reject(file.path, row.number, undecodable(cell))
+        else:
+            yield RawText(row.number, text)
+
+
+def rows(file: SourceFile, columns: Sequence[str], *, text: bool = False) -> Iterator[Row]:
+    """The cells of some columns; those of text as bytes, which may not be UTF-8.
+
+    Args:
+        text: refuse a column that holds anything else.
+
+    Raises:
+        As `texts`.
+    """
+    with open_seekable(file) as stream:
+        try:
+            for first, batch in _batches(file, stream, columns):
+                if text:
+                    _check_text(batch.schema)
+                batch.validate(full=False)
+                cells = [_bytes(batch.column(name)) for name in columns]
+                for offset, values in enumerate(zip(*cells, strict=True)):
+                    yield Row(first + offset, values)
+        except (pa.ArrowException, OverflowError) as error:
+            raise Unreadable(f"damaged {file.extension} data ({type(error).__name__})") from None
+        except OSError as error:
+            if error.errno is not None or isinstance(error, Unreadable):
+                raise
+            raise Unreadable(f"damaged {file.extension} data") from None
+
+
+def schema(file: SourceFile) -> pa.Schema:
+    """
+    Raises:
+        As `texts`.
+    """
+    with open_seekable(file) as stream:
+        try:
+            if file.extension == ".parquet":
+                return pq.read_schema(stream)
+            return _arrow_reader(stream)[0].schema
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise
+            raise Unreadable(f"damaged {file.extension} data ({type(error).__name__})") from None
+
+
+def _bytes(column: pa.Array) -> list[Any]:
+    """Values of a column; text is not decoded, because Arrow does not promise that it is UTF-8."""
+    kind = column.type
+    if isinstance(kind, pa.BaseExtensionType):
+        column, kind = column.storage, column.type.storage_type
+    if pa.types.is_dictionary(kind):
+        values = _bytes(column.dictionary)
+        return [None if i is None else values[i] for i in column.indices.to_pylist()]
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        column = column.cast(pa.large_binary())
+    values = column.to_pylist()
+    return values
+
+
+def _batches(
+    file: SourceFile, stream: Any, columns: Sequence[str]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Batches with the number of their first row."""
+    read = _parquet if file.extension == ".parquet" else _arrow
+    return read(file, stream, columns)
+
+
+def _parquet(
+    file: SourceFile, stream: Any, columns: Sequence[str]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    with pq.ParquetFile(stream) as opened:
+        _check(opened.schema_arrow, columns)
+        for group, first in _groups(opened.metadata, file.span):
+            size = _batch_rows(opened.metadata.row_group(group), columns)
+            reading = opened.iter_batches(size, row_groups=[group], columns=list(columns))
+            number = first
+            for batch in reading:
+                yield number, batch
+                number += batch.num_rows
+
+
+def _groups(metadata: Any, span: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
+    """Row groups that begin in the span, and the number of their first row."""
+    first = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        begin = group.column(0).data_page_offset if group.num_columns else 0
+        if span is None or span[0] <= begin < span[1]:
+            yield number, first
+        first += group.num_rows
+
+
+def _batch_rows(group: Any, columns: Sequence[str]) -> int:
+    """Rows whose cells are about `BATCH_BYTES` together."""
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    own = [c for c in chunks if c.path_in_schema.split(".")[0] in columns]
+    size = sum(chunk.total_uncompressed_size for chunk in own)
+    packed = sum(chunk.total_compressed_size for chunk in own)
+    if size > max(FREE_EXPANSION, MAX_EXPANSION * packed):
+        raise Unreadable(f"a decompression bomb: {packed} bytes would become {size}")
+    return max(1, min(8192, BATCH_BYTES * group.num_rows // max(1, size)))
+
+
+def _arrow(
+    file: SourceFile, stream: Any, columns: Sequence[str]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    reader, count = _arrow_reader(stream)
+    _check(reader.schema, columns)
+    number = 1
+    for batch in (reader.get_batch(n) for n in range(count)) if count is not None else reader:
+        chosen = batch.select(list(columns))
+        for start in range(0, chosen.num_rows, 1024):
+            yield number + start, chosen.slice(start, 1024)
+        number += batch.num_rows
+
+
+def _arrow_reader(stream: Any) -> tuple[Any, int | None]:
+    """A reader of either form of Arrow IPC; with a number of batches where it is the file form."""
+    magic = stream.read(6)
+    stream.seek(0)
+    if magic == b"ARROW1":
+        reader = pa.ipc.open_file(stream)
+        return reader, reader.num_record_batches
+    return pa.ipc.open_stream(stream), None
+
+
+def _check(schema: pa.Schema, columns: Sequence[str]) -> None:
+    for field in schema:
+        for name in _extensions(field):
+            if "pickle" in name or name == "arrow.py_extension_type":
+                raise Unreadable(f"holds the extension type {name}, which would run code: refused")
+    for name in columns:
+        if schema.get_field_index(name) < 0:
+            raise Unreadable(no_column(name, schema.names))
+        field = schema.field(name)
+        odd = [e for e in _extensions(field) if e not in PLAIN_EXTENSIONS]
+        if odd:
+            raise Unreadable(f"column `{name}` holds the extension type {odd[0]}: refused")
+
+
+def _extensions(field: pa.Field) -> Iterator[str]:
+    """Names of extension types in a column, nested ones too."""
+    kind = field.type
+    if isinstance(kind, pa.BaseExtensionType):
+        yield kind.extension_name
+        kind = kind.storage_type
+    elif field.metadata and EXTENSION in field.metadata:
+        yield field.metadata[EXTENSION].decode(errors="replace")
+    if pa.types.is_dictionary(kind):
+        yield from _extensions(pa.field("", kind.value_type))
+    elif pa.types.is_nested(kind):
+        for number in range(kind.num_fields):
+            yield from _extensions(kind.field(number))
+
+
+def _check_text(schema: pa.Schema) -> None:
+    for field in schema:
+        if not _is_text(field.type):
+            raise Unreadable(f"column `{field.name}` holds {str(field.type)[:40]}, not text")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+    )
+    return any(test(kind) for test in tests)

@@ -1,0 +1,127 @@
+"""CSV and TSV: one document per row, from the column that the recipe names."""
+
+import csv
+from collections.abc import Iterator
+from typing import IO
+
+from pipelines.data.sources.decoding import is_utf16, too_long, undecodable
+from pipelines.data.sources.files import DELIMITED, RawText, Reject, SourceFile
+from pipelines.data.sources.lines import SKIP
+from pipelines.data.sources.opening import Unreadable
+
+DELIMITERS = ",;\t|"
+"""The one that is most frequent in the header of a .csv is its delimiter."""
+
+
+class _TooLong(Exception):
+    pass
+
+
+class _Lines:
+    """Decoded lines for `csv.reader`, with the place of the next one. Bad bytes become halves of
+    surrogate pairs, which tell the record that holds them."""
+
+    def __init__(self, stream: IO[bytes], max_bytes: int) -> None:
+        self._stream, self._max_bytes = stream, max_bytes
+        self.position = self.number = 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline(self._max_bytes + 1)
+        if not line:
+            raise StopIteration
+        if self.position == 0 and is_utf16(line):
+            raise Unreadable(undecodable(line[:2]))
+        self.number += 1
+        long, first = len(line) > self._max_bytes, self.position == 0
+        self.position += len(line)
+        if long:
+            rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = self._stream.readline(SKIP)
+                self.position += len(rest)
+            raise _TooLong
+        return line.decode("utf-8-sig" if first else "utf-8", "surrogateescape")
+
+
+def by_row(file: SourceFile, stream: IO[bytes], max_bytes: int) -> Iterator[RawText | Reject]:
+    """Rows are named by the line that they begin on; the header is line 1.
+
+    Raises:
+        Unreadable: if the header cannot be read or lacks the column.
+    """
+    lines = _Lines(stream, max_bytes)
+    header, delimiter = _header(file, lines, max_bytes)
+    column = header.index(file.reading.text)
+    # A global of the csv module: a field may be as long as a document.
+    csv.field_size_limit(max_bytes)
+    records = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        number, start = lines.number + 1, lines.position
+        try:
+            cells = next(records)
+        except StopIteration:
+            return
+        except _TooLong:
+            yield Reject(file.path, number, too_long(max_bytes))
+            continue
+        except csv.Error as error:
+            yield Reject(file.path, number, _broken(str(error), max_bytes))
+            continue
+        if cells:
+            yield _document(file, number, cells, column, len(header), (start, lines.position))
+
+
+def _header(file: SourceFile, lines: _Lines, max_bytes: int) -> tuple[list[str], str]:
+    try:
+        line = next(lines)
+    except StopIteration:
+        raise Unreadable("empty: not even a header") from None
+    except _TooLong:
+        raise Unreadable(f"a header over {max_bytes} bytes") from None
+    delimiter = DELIMITED[file.extension]
+    if delimiter == ",":
+        delimiter = max(DELIMITERS, key=line.count)
+    if "\0" in line:
+        raise Unreadable("holds NUL bytes: not text")
+    try:
+        names = next(csv.reader([line], delimiter=delimiter, strict=True))
+        line.encode()
+    except (csv.Error, StopIteration):
+        raise Unreadable("a header that is no CSV") from None
+    except UnicodeEncodeError:
+        raise Unreadable("not UTF-8") from None
+    names = [name.strip() for name in names]
+    if file.reading.text not in names:
+        raise Unreadable(no_column(file.reading.text, names))
+    return names, delimiter
+
+
+def no_column(name: str, names: list[str]) -> str:
+    shown = ", ".join(n[:40] for n in names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"no column `{name}` (there are: {shown}): name one in data.columns"
+
+
+def _broken(message: str, max_bytes: int) -> str:
+    if "field limit" in message:
+        return f"a field over {max_bytes} bytes: a quote that is never closed, or a long document"
+    return "not CSV: a quote that is never closed, or in the middle of a field"
+
+
+def _document(
+    file: SourceFile, row: int, cells: list[str], column: int, width: int, span: tuple[int, int]
+) -> RawText | Reject:
+    if len(cells) != width:
+        return Reject(file.path, row, f"a row of {len(cells)} cells below a header of {width}")
+    text = cells[column]
+    if "\0" in text:
+        return Reject(file.path, row, "holds NUL bytes: not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Reject(file.path, row, "not UTF-8")
+    if not text:
+        return Reject(file.path, row, f"nothing in column `{file.reading.text}`")
+    return RawText(row, text, span)
