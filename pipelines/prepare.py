@@ -33,6 +33,7 @@ from pipelines.data.cleaning import Rejected
 from pipelines.data.corpus import PART_BITS, SPLITS, Split
 from pipelines.data.partitions import Cleaned, Encoding, Shard
 from pipelines.data.scratch import Scratch
+from pipelines.data.sealing import Sealing
 from pipelines.data.sources import Listing, Reject, SourceFile
 from pipelines.families.base import Encoder
 
@@ -75,9 +76,16 @@ def check(config: RunConfig) -> None:
     Raises:
         SourceError: if a source is missing or has no file of the recipe's kind.
         ConfigError: if a rule of the user's own cannot be imported.
+        UsageError: if the corpus is to be encrypted and there is no key.
     """
     _listing(config)
     _check_rules(config)
+    _check_key(config)
+
+
+def _check_key(config: RunConfig) -> str | None:
+    """The name of the key that the corpus is encrypted with; None for a corpus in the clear."""
+    return Sealing(config.data.encrypt).key_name
 
 
 def _check_rules(config: RunConfig) -> None:
@@ -89,6 +97,7 @@ def _check_rules(config: RunConfig) -> None:
 def run(config: RunConfig) -> StageResult:
     found = _listing(config)
     _check_rules(config)
+    key_name = _check_key(config)
     parts = sources.partition(found.files, config.data.partition_bytes)
     store = open_store(config)
     with (
@@ -98,13 +107,13 @@ def run(config: RunConfig) -> StageResult:
         _staged(store, config, found) as staging,
     ):
         cleaned = _read(config, staging, parts, bar)
-        lines_before = _lines_before(cleaned)
         index = pa.concat_tables(part.index for part in cleaned)
-        chosen = choose(config, index, left_out(found.rejects, cleaned, lines_before))
+        chosen = choose(config, index, left_out(found.rejects, cleaned))
         encoder = _fit(config, staging, chosen)
-        shards, lineage = _encode(config, staging, chosen, encoder, lines_before, bar)
-        quarantine = _quarantine(staging, chosen.left, len(parts), lines_before)
-        artifact = _commit(config, staging, found, chosen, encoder, shards, [*lineage, quarantine])
+        shards, lineage = _encode(config, staging, chosen, encoder, cleaned, bar)
+        quarantine = _quarantine(staging, chosen.left, cleaned)
+        others = [*lineage, quarantine]
+        artifact = _commit(config, staging, found, chosen, encoder, shards, others, key_name)
     return StageResult(artifact, _headline(artifact), artifact.manifest.metrics)
 
 
@@ -118,7 +127,8 @@ def _staged(store: Store, config: RunConfig, found: Listing) -> Iterator[Staging
     """A version of the corpus. What was done of it stays when the run is killed or interrupted:
     the same command goes on from there. A run that failed leaves nothing."""
     listed = sources.summary(config.data.sources, found)
-    same = f"{fingerprint(BY_VERB['prepare'], config, None, listed)} {code_version()}"
+    told = (fingerprint(BY_VERB["prepare"], config, None, listed), code_version())
+    same = " ".join([*told, _check_key(config) or ""]).strip()
     staging = store.stage("corpus", config.name, run=same, resume=True)
     try:
         yield staging
@@ -143,17 +153,14 @@ def _read(
     return sorted(cleaned, key=lambda part: part.partition)
 
 
-def left_out(
-    listed: Sequence[Reject],
-    cleaned: Sequence[Cleaned],
-    lines_before: Mapping[int, Mapping[str, int]],
-) -> Left:
+def left_out(listed: Sequence[Reject], cleaned: Sequence[Cleaned]) -> Left:
     """Everything that was left out so far. Several partitions of one file may tell the same."""
     files = {*listed, *(reject for part in cleaned for reject in part.files)}
     drops = sum((part.drops for part in cleaned), Counter[str]())
     rows = sum((part.reasons for part in cleaned), Counter[str]())
     in_order = tuple(sorted(files, key=lambda reject: (reject.file, reject.reason)))
     sample: tuple[Rejected, ...] = ()
+    lines_before = _lines_before(cleaned)
     for part in cleaned:
         before = lines_before.get(part.partition, {})
         own = (_from_first_line(one, before) for one in part.sample)
@@ -248,8 +255,14 @@ def _fit(config: RunConfig, staging: Staging, chosen: Chosen) -> Encoder:
     data = config.data
     limit = data.tokenizer_bytes if data.kind == "text" else images.SAMPLE_BYTES
     wanted = list(_by_part(sample(chosen.splits["train"], limit)).items())
-    task = functools.partial(partitions.load, staging=staging)
-    pieces = list(streaming.over_partitions(wanted, task, config.prepare.tasks))
+    task = functools.partial(partitions.load, scratch=Scratch(staging, Sealing(data.encrypt)))
+    # Ray may put answers on disk: what is encrypted does not travel in the clear.
+    answers = (
+        map(task, wanted)
+        if data.encrypt
+        else streaming.over_partitions(wanted, task, config.prepare.tasks)
+    )
+    pieces = list(answers)
     collected = pa.concat_tables(pieces).sort_by("digest")
     return families.load(config.family).fit_encoder(config, collected, chosen.labels)
 
@@ -276,23 +289,25 @@ def _encode(
     staging: Staging,
     chosen: Chosen,
     encoder: Encoder,
-    lines_before: Mapping[int, Mapping[str, int]],
+    cleaned: Sequence[Cleaned],
     bar: progress.Bar,
 ) -> tuple[list[Shard], list[FileEntry]]:
     """Second pass: shards of both splits in order of part, and the lineage files."""
     members = {split: _by_part(index) for split, index in chosen.splits.items()}
+    lines_before = _lines_before(cleaned)
     nobody = np.array([], dtype=np.int64)
     work = [
         Encoding(
             part,
             {split: members[split].get(part, nobody) for split in SPLITS},
             lines_before.get(part >> PART_BITS, {}),
+            cleaned[part >> PART_BITS].source,
         )
         for part in sorted(set(members["train"]) | set(members["heldout"]))
     ]
     task = functools.partial(
         partitions.encode,
-        staging=staging,
+        scratch=Scratch(staging, Sealing(config.data.encrypt)),
         encoder=encoder,
         row_group_rows=config.data.row_group_rows,
     )
@@ -318,6 +333,7 @@ def _commit(
     encoder: Encoder,
     shards: Sequence[Shard],
     others: Sequence[FileEntry],
+    key_name: str | None,
 ) -> Artifact:
     facts = encoder.facts()
     splits = {split: _split_detail(split, chosen, shards) for split in SPLITS}
@@ -337,32 +353,25 @@ def _commit(
         fingerprint=fingerprint(BY_VERB["prepare"], config, None, listed),
         config=resolved(config),
         metrics=_metrics(splits, counts),
-        detail={"facts": facts, "splits": splits, "counts": counts},
+        detail={"facts": facts, "splits": splits, "counts": counts}
+        | ({"encryption_key": key_name} if key_name else {}),
         inputs=listed,
     )
 
 
-def _quarantine(
-    staging: Staging,
-    left: Left,
-    count: int,
-    lines_before: Mapping[int, Mapping[str, int]],
-) -> FileEntry:
-    """Files that could not be read, then the rows of each partition.
-
-    Args:
-        count: number of partitions.
-    """
-    scratch = Scratch(staging)
+def _quarantine(staging: Staging, left: Left, cleaned: Sequence[Cleaned]) -> FileEntry:
+    """Files that could not be read, then the rows of each partition."""
+    scratch, lines_before = Scratch(staging), _lines_before(cleaned)
 
     def lines() -> Iterator[bytes]:
         for reject in left.files:
             yield _line(asdict(reject))
-        for partition in range(count):
-            before = lines_before.get(partition, {})
-            for line in scratch.lines(partitions.rejects_name(partition)):
-                tree = json.loads(line)
-                yield _line({**tree, "row": tree["row"] + before.get(tree["file"], 0)})
+        for partition in cleaned:
+            before = lines_before.get(partition.partition, {})
+            for part in partition.with_rejects:
+                for line in scratch.lines(partitions.rejects_name(part)):
+                    tree = json.loads(line)
+                    yield _line({**tree, "row": tree["row"] + before.get(tree["file"], 0)})
 
     return staging.write_with("quarantine.jsonl", lambda stream: stream.writelines(lines()))
 
@@ -378,7 +387,10 @@ def _split_detail(split: Split, chosen: Chosen, shards: Sequence[Shard]) -> dict
         "rows": sum(sum(shard.row_groups) for shard in own),
         "bytes": pc.sum(index.column("bytes")).as_py(),
         "documents": index.num_rows,
-        "files": [{"path": s.entry.path, "row_groups": list(s.row_groups)} for s in own],
+        "files": [
+            {"path": s.entry.path, "row_groups": list(s.row_groups), "source": s.source}
+            for s in own
+        ],
         **_summed(shard.counts for shard in own),
     }
 

@@ -27,7 +27,8 @@ def counting_corpus(config: RunConfig, rows: int = 200, *, ragged: bool = False)
     for split, count, seed in (("train", rows, 0), ("heldout", 20, 1)):
         entry, groups = _shard(staging, f"{split}/part-00000.parquet", count, config, seed, ragged)
         files.append(entry)
-        listed = [{"path": entry.path, "row_groups": groups}]
+        source = config.data.sources[0]
+        listed = [{"path": entry.path, "row_groups": groups, "source": source}]
         splits[split] = {"rows": count, "documents": count, "bytes": count * 100, "files": listed}
     files.append(_lineage(staging, rows))
     return staging.commit(

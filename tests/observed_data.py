@@ -21,6 +21,7 @@ from cluster.session import Session, open_store
 from cluster.stages import BY_VERB, fingerprint, resolved
 from cluster.storage import Artifact
 from pipelines import families, prepare
+from pipelines.data import sealing
 from pipelines.data.corpus import Corpus
 from pipelines.training import engine
 from tests import fakes
@@ -98,7 +99,7 @@ class Blocks:
         return iter(self.blocks)
 
 
-def _prepared(config: RunConfig) -> tuple[Artifact, list[int | None]]:
+def prepared(config: RunConfig) -> tuple[Artifact, list[int | None]]:
     """A corpus of the files in the working directory, and how wide Ray Data was to work."""
     import ray.data
 
@@ -117,7 +118,7 @@ def _prepared_texts(config: RunConfig) -> tuple[Artifact, list[int | None]]:
         for n in range(texts):
             text = f"第{n}篇：定日镜跟随太阳，把光投向一点。def f{n}(x):\n    return x + {n}\n"
             Path(f"{folder}/{folder}-{n}.txt").write_text(text * (1 + n % 9), encoding="utf-8")
-    return _prepared(config)
+    return prepared(config)
 
 
 def corpus(config: RunConfig) -> Artifact:
@@ -135,7 +136,16 @@ def texts_of_a_table(config: RunConfig) -> Any:
     Path("docs").mkdir()
     rows = [{"text": f"第{n}行" * 20, "body": f"line {n} " * 30} for n in range(80)]
     Path("docs/a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return _prepared(config)[0].manifest.detail["counts"]["bytes"]
+    return prepared(config)[0].manifest.detail["counts"]["bytes"]
+
+
+def encryption(config: RunConfig) -> set[bytes]:
+    """How the Parquet files of a corpus begin."""
+    with patched() as patch:
+        patch.setenv(sealing.VARIABLE, "0f" * 32)
+        made = corpus(config)
+    paths = [entry.path for entry in made.manifest.files if entry.path.endswith(".parquet")]
+    return {made.read_bytes(path)[:4] for path in paths}
 
 
 def splits(config: RunConfig) -> Any:
@@ -172,7 +182,7 @@ def pictures(config: RunConfig) -> Any:
         folder = Path("docs") / ("零", "one")[n % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (12, 10, 3), np.uint8)).save(folder / f"{n}.png")
-    artifact, _ = _prepared(config)
+    artifact, _ = prepared(config)
     facts = Corpus(artifact).facts
     return (
         facts["image_size"],

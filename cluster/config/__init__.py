@@ -98,6 +98,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _mix_names_sources(self) -> "RunConfig":
+        for name in sorted(set(self.train.mix) - set(self.data.sources)):
+            raise ConfigError(
+                f"train.mix names {name}, which is none of data.sources: write it as there"
+            )
+        if not any(self.train.mix.get(source, 1) for source in self.data.sources):
+            raise ConfigError("train.mix leaves no source: give one of them more than 0")
+        return self
+
+    @model_validator(mode="after")
     def _warmup_ends(self) -> "RunConfig":
         if self.train.warmup_steps >= self.train.steps:
             raise ConfigError(

@@ -28,6 +28,10 @@ class DataSection(Section):
     row_group_rows: Positive = 256
     """Rows per Parquet row group: the unit that training permutes and fetches."""
 
+    encrypt: bool = False
+    """Encrypt shards and lineage with the key that the environment variable HELIOSTAT_CORPUS_KEY
+    holds on every node."""
+
     @model_validator(mode="after")
     def _columns_name_sources(self) -> "DataSection":
         _check_sources("data.columns", set(self.columns) - {OTHERS}, self.sources)

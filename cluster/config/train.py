@@ -103,6 +103,9 @@ class TrainSection(Section):
     `zero_stage` 3, with a C++ compiler where there is no GPU."""
     shuffle_window: Positive = 16
     """Row groups whose rows are shuffled together; a reader holds this many."""
+    mix: dict[str, Annotated[float, Field(ge=0, le=1000)]] = {}
+    """How often an epoch passes over a source, by its name in `data.sources`; 1 for those that are
+    not named. 0.5 is another half in each epoch."""
     checkpoint_every: Annotated[Positive, OPERATIONAL] = 200
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[Positive, OPERATIONAL] = 2

@@ -8,12 +8,15 @@
     report.json               counts: files, documents, bytes, drops by reason
     quarantine.jsonl          what could not be read: file, row and reason, never content
 
+With `data.encrypt` the Parquet files are encrypted (`sealing`); the tokenizer's vocabulary, the
+counts and the paths of what could not be read are not.
+
 A *sample id* is the number of a row in its split, counting through the files in order. Row groups
 are the unit of fetching; `detail["splits"]` of the manifest says how many rows each one has.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -24,6 +27,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import ArtifactError
 from cluster.storage import Artifact
+from pipelines.data.sealing import Sealing, check_key
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -45,6 +49,21 @@ def part_name(part: int) -> str:
 class Corpus:
     artifact: Artifact
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UsageError: if it is encrypted and the key is missing or another one.
+        """
+        check_key(self.artifact.id, self._key_name)
+
+    @property
+    def _key_name(self) -> str | None:
+        return self.artifact.manifest.detail.get("encryption_key")
+
+    @property
+    def sealing(self) -> Sealing:
+        return Sealing(self._key_name is not None)
+
     @property
     def facts(self) -> dict[str, Any]:
         """What the encoder found out: `vocab_size`, `labels`, ..."""
@@ -56,7 +75,7 @@ class Corpus:
         return int(self.artifact.manifest.detail["splits"][split]["bytes"])
 
     def row_groups(self, split: Split) -> "RowGroups":
-        return RowGroups(self.artifact, split)
+        return RowGroups(self.artifact, split, self.sealing)
 
     def rows(self, split: Split) -> Iterator[dict[str, Any]]:
         """Every row in order, as column -> value."""
@@ -73,6 +92,7 @@ class RowGroups:
 
     artifact: Artifact
     split: Split
+    sealing: Sealing = Sealing()
 
     @cached_property
     def _places(self) -> list[tuple[str, int, int]]:
@@ -91,6 +111,12 @@ class RowGroups:
     def sizes(self) -> list[int]:
         return [rows for _, _, rows in self._places]
 
+    def weights(self, mix: Mapping[str, float]) -> list[float]:
+        """How often an epoch passes over each row group, by the source that it came from."""
+        weights = {source.rstrip("/") or source: weight for source, weight in mix.items()}
+        files = self.artifact.manifest.detail["splits"][self.split]["files"]
+        return [weights.get(file.get("source"), 1.0) for file in files for _ in file["row_groups"]]
+
     @cached_property
     def starts(self) -> list[int]:
         """First sample id of each row group, and the number of samples at the end."""
@@ -104,7 +130,9 @@ class RowGroups:
         path, group, rows = self._places[number]
         try:
             with pq.ParquetFile(
-                self.artifact.file(path), filesystem=self.artifact.store.filesystem
+                self.artifact.file(path),
+                filesystem=self.artifact.store.filesystem,
+                **self.sealing.reading(f"{self.artifact.id}/{path}"),
             ) as file:
                 table = file.read_row_group(group)
         except (OSError, pa.ArrowException) as error:

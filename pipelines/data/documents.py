@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.config import ImageData, TextData
+from cluster.config.cleaning import Columns
 from cluster.config.data import OTHERS
 from pipelines.data import cleaning, duplicates, images, sources
 from pipelines.data.cleaning import Document, Drop, Rejected
@@ -94,6 +95,8 @@ Outcome = dict[str, Any] | Rejected | Reject | Lines
 """A document as columns, or why there is none."""
 
 
+_REJECTS_LIMIT = 1 << 16
+"""What cannot be read of a part: a file of nothing else would fill memory with it."""
 _SAMPLE_LIMIT = 10_000
 """Dropped documents that are held before they are sampled."""
 
@@ -125,6 +128,8 @@ class _Part:
             self.size += outcome["bytes"]
 
     def is_full(self, size: int) -> bool:
+        if len(self._rejects) == _REJECTS_LIMIT:
+            return True
         return self.size >= size or len(self.rows) == 1 << PLACE_BITS
 
     def documents(self, payload: Payload) -> "Documents":
@@ -141,11 +146,11 @@ def parts(
     for file in files:
         for outcome in _outcomes(file, data):
             if part.is_full(data.partition_bytes):
+                if number + 1 == 1 << PART_BITS:
+                    part.add(_too_large(file, data.partition_bytes))
+                    break
                 yield part.documents(data.kind)
                 part = _Part(partition, number := number + 1)
-            if number == 1 << PART_BITS:
-                part.add(_too_large(file, data.partition_bytes))
-                break
             part.add(outcome)
     yield part.documents(data.kind)
 
@@ -165,12 +170,21 @@ def part_of(ids: np.ndarray) -> np.ndarray:
 def readings(data: TextData | ImageData) -> dict[str, Reading]:
     """How each source's files become documents."""
     lines = data.lines if isinstance(data, TextData) else ()
+    beside = _looked_at(data) if isinstance(data, TextData) else ()
     return {
         source: Reading(
-            **data.columns.get(source, data.columns.get(OTHERS, {})), lines=source in lines
+            **data.columns.get(source, data.columns.get(OTHERS, {})),
+            lines=source in lines,
+            beside=beside,
         )
         for source in data.sources
     }
+
+
+def _looked_at(data: TextData) -> tuple[str, ...]:
+    """Columns that cleaning decides by."""
+    steps = [step.settings for step in data.cleaning if isinstance(step.settings, Columns)]
+    return tuple(sorted({n for s in steps for n in (*s.required, *s.types, *s.bounds)}))
 
 
 def _too_large(file: SourceFile, size: int) -> Reject:
@@ -196,7 +210,7 @@ def _text_reader(data: TextData) -> Callable[[SourceFile], Iterator[Outcome]]:
             if not isinstance(raw, RawText):
                 yield raw
                 continue
-            document = Document(raw.text, file.path, raw.row, file.extension)
+            document = Document(raw.text, file.path, raw.row, file.extension, raw.beside)
             text = cleaning.clean(document, rules)
             if isinstance(text, Drop):
                 yield cleaning.rejected(document, text)

@@ -48,6 +48,7 @@ def _places(corpus: Corpus, ids: set[int]) -> list[str]:
                 corpus.artifact.file(path),
                 columns=["document", "path", "row"],
                 filesystem=corpus.artifact.store.filesystem,
+                **corpus.sealing.reading(f"{corpus.artifact.id}/{path}"),
                 filters=pa.compute.field("document").isin(wanted),
             )
         except (OSError, pa.ArrowException) as error:

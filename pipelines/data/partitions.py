@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from pipelines.data.cleaning import Rejected
 from pipelines.data.corpus import PART_BITS, SPLITS, Split, part_name
 from pipelines.data.documents import Leavings
 from pipelines.data.scratch import Scratch
+from pipelines.data.sealing import Sealing
 from pipelines.data.sources import Reject, SourceFile
 from pipelines.families.base import Encoder
 
@@ -35,11 +36,15 @@ class Cleaned:
     """What became of a partition."""
 
     partition: int
+    source: str
+    """The one that its files lie in, as the recipe names it."""
     index: pa.Table
     """Columns `documents.INDEX` of its documents."""
     drops: Counter[str]
     reasons: Counter[str]
-    """Rows that could not be read, by reason; which ones lies in the scratch folder."""
+    """Rows that could not be read, by reason."""
+    with_rejects: tuple[int, ...]
+    """Parts for which the scratch folder says which rows those are."""
     files: tuple[Reject, ...]
     """Files that could not be read."""
     sample: tuple[Rejected, ...]
@@ -59,6 +64,7 @@ class Shard:
     entry: FileEntry
     counts: Mapping[str, int]
     """What the encoder counted, such as `tokens` and `padding`."""
+    source: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Encoding:
     """Ids of the documents of each split."""
     lines_before: Mapping[str, int]
     """Lines of a file that earlier partitions hold."""
+    source: str
 
 
 # ------------------------------------------------------------------ read and clean
@@ -80,65 +87,73 @@ def read(
 ) -> Cleaned:
     """Cleaned documents of a partition to scratch files."""
     partition, files = work
-    scratch, name = Scratch(staging), f"read-{partition:05d}"
+    scratch, name = Scratch(staging, Sealing(data.encrypt)), f"read-{partition:05d}"
     if (done := scratch.recorded(name)) is not None:
-        return _read_again(scratch, partition, done)
-    index, leavings, entries = [], [], list[FileEntry]()
+        return _cleaned(work, _read_again(scratch, partition, done["parts"]), done)
+    index, entries, told = list[pa.Table](), list[FileEntry](), list[Leavings]()
+    reasons = Counter[str]()
+    with_rejects: list[int] = []
     for number, part in enumerate(documents.parts(files, data, partition)):
-        entries.append(scratch.write_table(partition << PART_BITS | number, part.table))
+        place = partition << PART_BITS | number
+        entries.append(scratch.write_table(place, part.table))
         index.append(part.table.select(documents.INDEX))
-        leavings.append(part.leavings)
-    together = documents.together(leavings)
-    entries.append(scratch.write(rejects_name(partition), _as_lines(together.rejects)))
-    cleaned = _cleaned(partition, pa.concat_tables(index), together)
+        rows = [reject for reject in part.leavings.rejects if reject.row is not None]
+        if rows:
+            entries.append(scratch.write(rejects_name(place), _as_lines(rows)))
+            with_rejects.append(place)
+        reasons.update(reject.reason for reject in rows)
+        whole = tuple(reject for reject in part.leavings.rejects if reject.row is None)
+        told.append(replace(part.leavings, rejects=whole))
+    left = documents.together(told)
     tree = {
         "parts": len(index),
-        "drops": cleaned.drops,
-        "reasons": cleaned.reasons,
-        "rejects": [asdict(reject) for reject in cleaned.files],
-        "sample": [asdict(one) for one in cleaned.sample],
-        "lines": cleaned.lines,
+        "drops": left.drops,
+        "reasons": reasons,
+        "with_rejects": with_rejects,
+        "rejects": [asdict(reject) for reject in left.rejects],
+        "sample": [asdict(one) for one in left.sample],
+        "lines": left.lines,
     }
     scratch.record(name, tree, entries)
-    return cleaned
+    return _cleaned(work, pa.concat_tables(index), tree)
 
 
-def rejects_name(partition: int) -> str:
-    return f"rejects-{partition:05d}.jsonl"
+def rejects_name(part: int) -> str:
+    return f"rejects-{part:08d}.jsonl"
 
 
-def _cleaned(partition: int, index: pa.Table, left: Leavings) -> Cleaned:
-    rows = [reject for reject in left.rejects if reject.row is not None]
-    files = tuple(reject for reject in left.rejects if reject.row is None)
-    reasons = Counter(reject.reason for reject in rows)
-    return Cleaned(partition, index, left.drops, reasons, files, left.sample, left.lines)
-
-
-def _as_lines(rejects: Sequence[Reject]) -> bytes:
-    rows = (asdict(reject) for reject in rejects if reject.row is not None)
-    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
-
-
-def _read_again(scratch: Scratch, partition: int, done: Mapping[str, Any]) -> Cleaned:
-    first = partition << PART_BITS
-    index = [
-        scratch.read_table(part, documents.INDEX) for part in range(first, first + done["parts"])
-    ]
+def _cleaned(
+    work: tuple[int, Sequence[SourceFile]], index: pa.Table, noted: Mapping[str, Any]
+) -> Cleaned:
+    partition, files = work
     return Cleaned(
         partition,
-        pa.concat_tables(index),
-        Counter(done["drops"]),
-        Counter(done["reasons"]),
-        tuple(Reject(**reject) for reject in done["rejects"]),
-        tuple(Rejected(**one) for one in done["sample"]),
-        done["lines"],
+        files[0].source,
+        index,
+        Counter(noted["drops"]),
+        Counter(noted["reasons"]),
+        tuple(noted["with_rejects"]),
+        tuple(Reject(**reject) for reject in noted["rejects"]),
+        tuple(Rejected(**one) for one in noted["sample"]),
+        noted["lines"],
     )
 
 
-def load(work: tuple[int, np.ndarray], *, staging: Staging) -> pa.Table:
+def _as_lines(rejects: Sequence[Reject]) -> bytes:
+    rows = map(asdict, rejects)
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
+
+
+def _read_again(scratch: Scratch, partition: int, parts: int) -> pa.Table:
+    first = partition << PART_BITS
+    index = (scratch.read_table(part, documents.INDEX) for part in range(first, first + parts))
+    return pa.concat_tables(index)
+
+
+def load(work: tuple[int, np.ndarray], *, scratch: Scratch) -> pa.Table:
     """Some cleaned documents of a part, in order of id."""
     part, ids = work
-    table = Scratch(staging).read_table(part)
+    table = scratch.read_table(part)
     return table.filter(pc.is_in(table.column("document"), pa.array(ids)))
 
 
@@ -146,31 +161,31 @@ def load(work: tuple[int, np.ndarray], *, staging: Staging) -> pa.Table:
 
 
 def encode(
-    work: Encoding, *, staging: Staging, encoder: Encoder, row_group_rows: int
+    work: Encoding, *, scratch: Scratch, encoder: Encoder, row_group_rows: int
 ) -> tuple[list[Shard], FileEntry]:
     """The shards of one part, and its lineage file."""
     # One core per task: threads of the tokenizer's own would only fight over it.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    scratch, name = Scratch(staging), f"encode-{work.part:08d}"
+    name = f"encode-{work.part:08d}"
     key = _key(work, encoder, row_group_rows)
     if (done := scratch.recorded(name)) is not None and done["key"] == key:
         *entries, origin = (FileEntry(**entry) for entry in done["files"])
         pairs = zip(entries, done["shards"], strict=True)
-        return [_shard(work.part, entry, noted) for entry, noted in pairs], origin
+        return [_shard(work, entry, noted) for entry, noted in pairs], origin
     shards: list[Shard] = []
     lineage: list[pa.Table] = []
     for split in SPLITS:
-        table = load((work.part, work.members[split]), staging=staging)
+        table = load((work.part, work.members[split]), scratch=scratch)
         if not table.num_rows:
             continue
         rows = encoder.encode(table)
-        entry = _write(staging, rows, f"{split}/{part_name(work.part)}", row_group_rows)
+        entry = _write(scratch, rows, f"{split}/{part_name(work.part)}", row_group_rows)
         groups = _row_groups(rows.num_rows, row_group_rows)
         noted = {"split": split, "row_groups": groups, "counts": _counted(rows)}
-        shards.append(_shard(work.part, entry, noted))
+        shards.append(_shard(work, entry, noted))
         lineage.append(_lineage(table, split, work.lines_before))
     everything = pa.concat_tables(lineage).sort_by("document")
-    origin = _write(staging, everything, f"documents/{part_name(work.part)}", LINEAGE_ROWS)
+    origin = _write(scratch, everything, f"documents/{part_name(work.part)}", LINEAGE_ROWS)
     notes = [{"split": s.split, "row_groups": s.row_groups, "counts": s.counts} for s in shards]
     scratch.record(name, {"key": key, "shards": notes}, [*(s.entry for s in shards), origin])
     return shards, origin
@@ -185,8 +200,9 @@ def _key(work: Encoding, encoder: Encoder, row_group_rows: int) -> str:
     return digest.hexdigest()
 
 
-def _shard(part: int, entry: FileEntry, noted: Mapping[str, Any]) -> Shard:
-    return Shard(noted["split"], part, tuple(noted["row_groups"]), entry, noted["counts"])
+def _shard(work: Encoding, entry: FileEntry, noted: Mapping[str, Any]) -> Shard:
+    groups = tuple(noted["row_groups"])
+    return Shard(noted["split"], work.part, groups, entry, noted["counts"], work.source)
 
 
 def _lineage(table: pa.Table, split: Split, lines_before: Mapping[str, int]) -> pa.Table:
@@ -207,9 +223,11 @@ def _counted(rows: pa.Table) -> dict[str, int]:
     return counts
 
 
-def _write(staging: Staging, table: pa.Table, path: str, row_group_rows: int) -> FileEntry:
+def _write(scratch: Scratch, table: pa.Table, path: str, row_group_rows: int) -> FileEntry:
+    """A file of the corpus."""
     sink = pa.BufferOutputStream()
     # Dictionaries spread a page's values over two places: zstd alone packs tokens a fifth smaller.
-    options = {"compression": "zstd", "use_dictionary": False}
-    pq.write_table(table, sink, row_group_size=row_group_rows, **options)
-    return staging.write(path, sink.getvalue().to_pybytes())
+    options = {"compression": "zstd", "use_dictionary": False, "row_group_size": row_group_rows}
+    sealed = scratch.sealing.writing(f"{scratch.staging.id}/{path}")
+    pq.write_table(table, sink, **options, **sealed)
+    return scratch.staging.write(path, sink.getvalue().to_pybytes())

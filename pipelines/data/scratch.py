@@ -24,6 +24,7 @@ from cluster.errors import ArtifactError
 from cluster.manifest import LOCK
 from cluster.storage import FileEntry, Staging
 from pipelines.data.corpus import part_name
+from pipelines.data.sealing import Sealing
 
 FOLDER = "scratch"
 
@@ -33,6 +34,7 @@ class Scratch:
     """Plain data: every worker opens the same folder."""
 
     staging: Staging
+    sealing: Sealing = Sealing()
 
     @property
     def path(self) -> str:
@@ -44,7 +46,7 @@ class Scratch:
             StorageError: if storage does not take it.
         """
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(table, sink, **self.sealing.writing(self._place(part)))
         return self.write(part_name(part), sink.getvalue().to_pybytes())
 
     def read_table(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
@@ -54,7 +56,15 @@ class Scratch:
         """
         path = f"{self.path}/{part_name(part)}"
         with storage_errors(f"read {path}"):
-            return pq.read_table(path, columns=columns, filesystem=self.staging.store.filesystem)
+            return pq.read_table(
+                path,
+                columns=columns,
+                filesystem=self.staging.store.filesystem,
+                **self.sealing.reading(self._place(part)),
+            )
+
+    def _place(self, part: int) -> str:
+        return f"{self.staging.id}/{FOLDER}/{part_name(part)}"
 
     def write(self, name: str, content: bytes) -> FileEntry:
         """Not synced to disk: a record tells by its hash whether all of it arrived."""

@@ -13,7 +13,7 @@ from cluster.journal import Journal
 from cluster.telemetry import Row
 from pipelines.data import lineage
 from pipelines.data.corpus import Corpus
-from pipelines.training.sampler import GlobalOrder
+from pipelines.training.sampler import order_of
 
 MOST_DOCUMENTS = 100
 """In one event; a batch may come from thousands."""
@@ -29,8 +29,7 @@ class Suspects:
     def of(self, batch: int) -> list[str]:
         """Their places, of the batch of this number."""
         train = self.config.train
-        sizes = self.corpus.row_groups("train").sizes
-        order = GlobalOrder(sizes, self.config.seed, train.shuffle_window)
+        order = order_of(self.corpus.row_groups("train"), self.config)
         positions = range(batch * train.global_batch, (batch + 1) * train.global_batch)
         try:
             return lineage.documents(self.corpus, "train", {order.at(p).id for p in positions})

@@ -34,7 +34,7 @@ from pipelines.training.diary import Diary, Suspects
 from pipelines.training.engine import Engine, StepOutcome, World
 from pipelines.training.guard import Verdict
 from pipelines.training.meter import Clock, Rates, peak_memory, peak_of
-from pipelines.training.sampler import GlobalOrder, RowReader, Sample, prefetched, share
+from pipelines.training.sampler import RowReader, Sample, order_of, prefetched, share
 from pipelines.training.schedule import learning_rate
 from pipelines.training.watchdog import Preempted, Pulse
 from pipelines.training.zero import micro_batch
@@ -247,7 +247,7 @@ class BatchSource:
     def __post_init__(self) -> None:
         train = self.config.train
         groups = self.corpus.row_groups("train")
-        self.order = GlobalOrder(groups.sizes, self.config.seed, train.shuffle_window)
+        self.order = order_of(groups, self.config)
         self._reader = RowReader(groups, keep=2 * train.shuffle_window)
         self._taken: dict[int, list[Sample]] = {}
 

@@ -36,6 +36,32 @@ def test_a_position_needs_no_history() -> None:
     assert GlobalOrder(SIZES, seed=3, window=2).at(249) == walked.at(249)
 
 
+@pytest.mark.parametrize("weight", [0, 0.25, 0.5, 1, 1.7, 3])
+def test_a_source_comes_as_often_as_its_weight_says(weight: float) -> None:
+    weights = [1.0, weight, 1.0, weight, weight, 1.0, weight, weight]
+    order = GlobalOrder(SIZES, 3, 2, weights)
+    starts = np.cumsum([0, *SIZES])
+    own = {i for g, w in enumerate(weights) if w == weight for i in range(*starts[g : g + 2])}
+    own -= {i for i in own if weight == 1}
+    others = set(range(TOTAL)) - own
+    assert order.samples == len(others) + round(weight * len(own))
+    drawn = []
+    for epoch in range(4):
+        first = epoch * order.samples
+        seen = Counter(ids(order, first, first + order.samples))
+        assert {seen[i] for i in others} == {1}
+        assert {seen[i] for i in own} <= {int(weight), int(weight) + (weight % 1 > 0)}
+        drawn.append({i for i in own if seen[i] > int(weight)})
+    if weight % 1:
+        assert drawn[0] != drawn[1] and len(set.union(*drawn)) > len(drawn[0])
+
+
+def test_without_weights_the_order_is_as_with_equal_ones() -> None:
+    assert ids(GlobalOrder(SIZES, 3, 2), 0, 300) == ids(
+        GlobalOrder(SIZES, 3, 2, [1.0] * len(SIZES)), 0, 300
+    )
+
+
 def test_a_window_touches_only_its_row_groups() -> None:
     order = GlobalOrder([10] * 40, seed=0, window=4)
     for number in range(10):

@@ -42,8 +42,8 @@ def texts(file: SourceFile, max_bytes: int) -> Iterator[RawText | Reject]:
         OSError: if the storage fails.
     """
     name, given = file.reading.text, 0
-    for row in rows(file, [name], text=True):
-        (cell,) = row.cells
+    for row in rows(file, [name], file.reading.beside, text=name):
+        cell, *others = row.cells
         if cell is None:
             yield Reject(file.path, row.number, f"nothing in column `{name}`")
             continue
@@ -58,25 +58,34 @@ def texts(file: SourceFile, max_bytes: int) -> Iterator[RawText | Reject]:
         if text is None:
             yield Reject(file.path, row.number, undecodable(cell))
         else:
-            yield RawText(row.number, text)
+            beside = dict(zip(file.reading.beside, map(_plain, others), strict=True))
+            yield RawText(row.number, text, None, beside)
 
 
-def rows(file: SourceFile, columns: Sequence[str], *, text: bool = False) -> Iterator[Row]:
+def _plain(cell: Any) -> Any:
+    """Text of a column that is only looked at."""
+    return cell.decode("utf-8", "replace") if isinstance(cell, bytes) else cell
+
+
+def rows(
+    file: SourceFile, columns: Sequence[str], beside: Sequence[str] = (), *, text: str = ""
+) -> Iterator[Row]:
     """The cells of some columns; those of text as bytes, which may not be UTF-8.
 
     Args:
-        text: refuse a column that holds anything else.
+        beside: columns whose cells come behind those, None where the file has no such column.
+        text: the column that must hold text.
 
     Raises:
         As `texts`.
     """
     with open_seekable(file) as stream:
         try:
-            for first, batch in _batches(file, stream, columns):
+            for first, batch in _batches(file, stream, columns, beside):
                 if text:
-                    _check_text(batch.schema)
+                    _check_text(batch.schema.field(text))
                 batch.validate(full=False)
-                cells = [_bytes(batch.column(name)) for name in columns]
+                cells = [_cells(batch, name) for name in (*columns, *beside)]
                 for offset, values in enumerate(zip(*cells, strict=True)):
                     yield Row(first + offset, values)
         except (pa.ArrowException, OverflowError) as error:
@@ -103,6 +112,11 @@ def schema(file: SourceFile) -> pa.Schema:
             raise Unreadable(f"damaged {file.extension} data ({type(error).__name__})") from None
 
 
+def _cells(batch: pa.RecordBatch, name: str) -> list[Any]:
+    there = batch.schema.get_field_index(name) >= 0
+    return _bytes(batch.column(name)) if there else [None] * batch.num_rows
+
+
 def _bytes(column: pa.Array) -> list[Any]:
     """Values of a column; text is not decoded, because Arrow does not promise that it is UTF-8."""
     kind = column.type
@@ -118,21 +132,22 @@ def _bytes(column: pa.Array) -> list[Any]:
 
 
 def _batches(
-    file: SourceFile, stream: Any, columns: Sequence[str]
+    file: SourceFile, stream: Any, columns: Sequence[str], beside: Sequence[str]
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Batches with the number of their first row."""
-    read = _parquet if file.extension == ".parquet" else _arrow
-    return read(file, stream, columns)
+    if file.extension == ".parquet":
+        return _parquet(file, stream, columns, beside)
+    return _arrow(stream, columns, beside)
 
 
 def _parquet(
-    file: SourceFile, stream: Any, columns: Sequence[str]
+    file: SourceFile, stream: Any, columns: Sequence[str], beside: Sequence[str]
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     with pq.ParquetFile(stream) as opened:
-        _check(opened.schema_arrow, columns)
+        columns = _chosen(opened.schema_arrow, columns, beside)
         for group, first in _groups(opened.metadata, file.span):
             size = _batch_rows(opened.metadata.row_group(group), columns)
-            reading = opened.iter_batches(size, row_groups=[group], columns=list(columns))
+            reading = opened.iter_batches(size, row_groups=[group], columns=columns)
             number = first
             for batch in reading:
                 yield number, batch
@@ -162,13 +177,13 @@ def _batch_rows(group: Any, columns: Sequence[str]) -> int:
 
 
 def _arrow(
-    file: SourceFile, stream: Any, columns: Sequence[str]
+    stream: Any, columns: Sequence[str], beside: Sequence[str]
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     reader, count = _arrow_reader(stream)
-    _check(reader.schema, columns)
+    columns = _chosen(reader.schema, columns, beside)
     number = 1
     for batch in (reader.get_batch(n) for n in range(count)) if count is not None else reader:
-        chosen = batch.select(list(columns))
+        chosen = batch.select(columns)
         for start in range(0, chosen.num_rows, 1024):
             yield number + start, chosen.slice(start, 1024)
         number += batch.num_rows
@@ -184,7 +199,8 @@ def _arrow_reader(stream: Any) -> tuple[Any, int | None]:
     return pa.ipc.open_stream(stream), None
 
 
-def _check(schema: pa.Schema, columns: Sequence[str]) -> None:
+def _chosen(schema: pa.Schema, columns: Sequence[str], beside: Sequence[str]) -> list[str]:
+    """The columns to read, after a look at what they are."""
     for field in schema:
         for name in _extensions(field):
             if "pickle" in name or name == "arrow.py_extension_type":
@@ -192,10 +208,13 @@ def _check(schema: pa.Schema, columns: Sequence[str]) -> None:
     for name in columns:
         if schema.get_field_index(name) < 0:
             raise Unreadable(no_column(name, schema.names))
+    chosen = [*columns, *(name for name in beside if schema.get_field_index(name) >= 0)]
+    for name in chosen:
         field = schema.field(name)
         odd = [e for e in _extensions(field) if e not in PLAIN_EXTENSIONS]
         if odd:
             raise Unreadable(f"column `{name}` holds the extension type {odd[0]}: refused")
+    return list(dict.fromkeys(chosen))
 
 
 def _extensions(field: pa.Field) -> Iterator[str]:
@@ -213,10 +232,9 @@ def _extensions(field: pa.Field) -> Iterator[str]:
             yield from _extensions(kind.field(number))
 
 
-def _check_text(schema: pa.Schema) -> None:
-    for field in schema:
-        if not _is_text(field.type):
-            raise Unreadable(f"column `{field.name}` holds {str(field.type)[:40]}, not text")
+def _check_text(field: pa.Field) -> None:
+    if not _is_text(field.type):
+        raise Unreadable(f"column `{field.name}` holds {str(field.type)[:40]}, not text")
 
 
 def _is_text(kind: pa.DataType) -> bool:

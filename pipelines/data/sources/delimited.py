@@ -54,7 +54,6 @@ def by_row(file: SourceFile, stream: IO[bytes], max_bytes: int) -> Iterator[RawT
     """
     lines = _Lines(stream, max_bytes)
     header, delimiter = _header(file, lines, max_bytes)
-    column = header.index(file.reading.text)
     # A global of the csv module: a field may be as long as a document.
     csv.field_size_limit(max_bytes)
     records = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -71,7 +70,7 @@ def by_row(file: SourceFile, stream: IO[bytes], max_bytes: int) -> Iterator[RawT
             yield Reject(file.path, number, _broken(str(error), max_bytes))
             continue
         if cells:
-            yield _document(file, number, cells, column, len(header), (start, lines.position))
+            yield _document(file, number, header, cells, (start, lines.position))
 
 
 def _header(file: SourceFile, lines: _Lines, max_bytes: int) -> tuple[list[str], str]:
@@ -111,11 +110,14 @@ def _broken(message: str, max_bytes: int) -> str:
 
 
 def _document(
-    file: SourceFile, row: int, cells: list[str], column: int, width: int, span: tuple[int, int]
+    file: SourceFile, row: int, header: list[str], cells: list[str], span: tuple[int, int]
 ) -> RawText | Reject:
-    if len(cells) != width:
-        return Reject(file.path, row, f"a row of {len(cells)} cells below a header of {width}")
-    text = cells[column]
+    if len(cells) != len(header):
+        return Reject(
+            file.path, row, f"a row of {len(cells)} cells below a header of {len(header)}"
+        )
+    named = dict(zip(header, cells, strict=True))
+    text = named[file.reading.text]
     if "\0" in text:
         return Reject(file.path, row, "holds NUL bytes: not text")
     try:
@@ -124,4 +126,4 @@ def _document(
         return Reject(file.path, row, "not UTF-8")
     if not text:
         return Reject(file.path, row, f"nothing in column `{file.reading.text}`")
-    return RawText(row, text, span)
+    return RawText(row, text, span, {other: named.get(other) for other in file.reading.beside})

@@ -1,10 +1,10 @@
 """What sources are made of: plain data that travels to whoever reads it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 Payload = Literal["text", "image"]
 
@@ -43,6 +43,8 @@ class Reading:
     """Column of a table that holds their classes."""
     lines: bool = False
     """Each line of a text file is a document; else the whole file is one."""
+    beside: tuple[str, ...] = ()
+    """Other columns of a table that rules want to see."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class RawText:
     text: str
     span: tuple[int, int] | None = None
     """First byte and end of its record in the file, decompressed; None in a columnar file."""
+    beside: Mapping[str, Any] | None = None
+    """Cells of the columns `Reading.beside`, where it is a row of a table; absent ones are None."""
 
 
 def extension_of(path: str) -> str:

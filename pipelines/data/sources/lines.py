@@ -111,7 +111,7 @@ def _json_line(
     text = tree.get(name) if isinstance(tree, dict) else None
     if not isinstance(text, str):
         return Reject(file.path, number, f"no field `{name}` that holds text")
-    return RawText(number, text, span)
+    return RawText(number, text, span, {other: tree.get(other) for other in file.reading.beside})
 
 
 def _not_json(message: str) -> str:

@@ -1,0 +1,75 @@
+"""kill -9 of the driver and of workers all through `prepare`: the same bytes in the end."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.storage import Artifact
+from pipelines import prepare
+from tests import fakes, preparing
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+PARTITIONS = 24
+
+
+def text_of(number: int) -> str:
+    return f"第{number}篇：定日镜跟随太阳。\ndef f{number}(x):\n    return x + {number}\n" * (
+        20 + number % 9
+    )
+
+
+@pytest.fixture
+def pile(tmp_path: Path) -> Path:
+    """Files, one large file of lines that is cut, and lines that are broken."""
+    top = tmp_path / "pile"
+    top.mkdir()
+    for number in range(60):
+        (top / f"{number:03d}.txt").write_text(text_of(number), encoding="utf-8")
+    lines = [json.dumps({"text": text_of(n)}, ensure_ascii=False) for n in range(60, 300)]
+    lines[7::50] = ["{broken"] * len(lines[7::50])
+    (top / "large.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return top
+
+
+def overrides(pile: Path, root: Path) -> list[str]:
+    total = sum(path.stat().st_size for path in pile.iterdir())
+    sizes = ["data.vocab_size=500", "data.sequence_length=32", "data.heldout_fraction=0.2"]
+    cut = f"data.partition_bytes={total // PARTITIONS}"
+    return [f"storage.root={root}", f"data.sources=[{pile}]", "prepare.tasks=1", cut, *sizes]
+
+
+def made(given: list[str]) -> Artifact:
+    artifact = prepare.run(fakes.config("gpt-demo", *given)).artifact
+    assert artifact is not None
+    artifact.verify()
+    return artifact
+
+
+def content(artifact: Artifact) -> dict[str, str]:
+    return {entry.path: entry.sha256 for entry in artifact.manifest.files}
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(pile: Path, tmp_path: Path) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    undisturbed = made(overrides(pile, tmp_path / "quiet"))
+    version = tmp_path / "killed" / "corpus" / "gpt-demo@1"
+    given = overrides(pile, tmp_path / "killed")
+    for kind in ("read", "encode"):
+        for count in range(1, PARTITIONS, 4):
+            before = preparing.records(version, kind)
+
+            def far_enough(kind: str = kind, count: int = count) -> bool:
+                return len(preparing.records(version, kind)) >= count
+
+            preparing.killed_driver(given, address, far_enough)
+            after = preparing.records(version, kind)
+            assert before.items() <= after.items(), f"{kind} {count}: done twice"
+    with preparing.WorkerHunter(5) as hunter:
+        killed = made(given)
+    assert len(hunter.killed) >= 2
+    assert content(killed) == content(undisturbed)
+    detail = killed.manifest.detail["counts"]
+    assert detail["documents"] == 300 - 5 and detail["quarantined"] == {"not JSON": 5}
