@@ -103,7 +103,7 @@ def _report(recipe: str, side: Side, blocks: dict[str, list[Block]], asked: Aske
     print(f"{recipe:<10} {side.name:<12} / plain  {ratio}")
     label = f"{recipe}.{side.name}"
     figures = {
-        f"{label}_over_plain": ratio.mean,
+        f"{label}_over_plain": ratio.middle,
         f"{label}_over_plain.low": ratio.low,
         f"{label}_over_plain.high": ratio.high,
     }

@@ -312,11 +312,25 @@ def _result(store: Store, config: RunConfig, seconds: float) -> StageResult:
         raise TrainingError(
             f"{config.name} stopped before step {config.train.steps}; the same command continues"
         )
+    _draw(final)
     metrics = dict(final.manifest.metrics)
     metrics["seconds"] = seconds
     return StageResult(
         final, f"loss {metrics['loss']:.3f} after {config.train.steps} steps", metrics
     )
+
+
+def _draw(final: Artifact) -> None:
+    """The run's figures over its steps, as a picture beside its journal."""
+    from pipelines.evaluation import plots
+
+    history = checkpoint.read_history(final)
+    if not history:
+        return
+    raw = plots.png(plots.training(history))
+    path = f"runs/{final.manifest.detail['run']}/training.png"
+    final.store.write(f"{final.store.base}/{path}", lambda stream: stream.write(raw))
+    progress.say(f"pretrain: {final.store.uri_of(path)} shows the run")
 
 
 def _named(error: Exception) -> HeliostatError:

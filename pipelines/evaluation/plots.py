@@ -65,6 +65,56 @@ def curves(history: Sequence[Mapping[str, float]], heldout: float | None = None)
     return draw
 
 
+PANELS: Mapping[str, str] = {
+    "loss": "loss, nats",
+    "gradient_norm": "gradient norm",
+    "learning_rate": "learning rate",
+    "predictions_per_second": "predictions per second",
+    "mfu": "MFU",
+    "step_seconds": "seconds of a step",
+    "data_wait": "share waiting for data",
+    "goodput": "goodput",
+    "peak_memory_bytes": "peak memory, GiB",
+}
+"""Figures of a training run that are drawn, where it has them."""
+
+
+def training(history: Sequence[Mapping[str, float]]) -> Draw:
+    """What a run looked like from the machine's side: a panel for each figure of its steps.
+
+    Args:
+        history: rows with `step` and keys of `PANELS`.
+    """
+
+    def draw(figure: Figure) -> None:
+        shown = [key for key in PANELS if any(key in row for row in history)]
+        columns = min(3, len(shown))
+        rows = -(-len(shown) // columns)
+        figure.set_size_inches(4.2 * columns, 2.5 * rows)
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
+        for axes, key in zip(grid, shown, strict=False):
+            points = [
+                (row["step"], row[key]) for row in history if np.isfinite(row.get(key, np.nan))
+            ]
+            values = np.array([value for _, value in points])
+            if key == "peak_memory_bytes":
+                values = values / 2**30
+            axes.plot([step for step, _ in points], values, color=ACCENT, lw=1)
+            axes.set_title(PANELS[key], loc="left", color=INK, fontsize=10)
+            axes.spines[["top", "right"]].set_visible(False)
+            if key in ("data_wait", "goodput", "mfu"):
+                axes.set_ylim(0, 1)
+            elif key not in ("loss", "gradient_norm"):
+                axes.set_ylim(bottom=0)
+        for axes in grid[len(shown) :]:
+            axes.set_visible(False)
+        for axes in grid[max(0, len(shown) - columns) : len(shown)]:
+            axes.set_xlabel("step")
+            axes.tick_params(labelbottom=True)
+
+    return draw
+
+
 def smoothed(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     """Mean over the `share` of the points around each one, fewer at the ends."""
     reach = round(share * len(values) / 2)

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.errors import CapacityError
 from cluster.journal import Journal
-from cluster.storage import Store
+from cluster.storage import Artifact, Store
 from pipelines import pretrain
 from tests.corpora import counting_corpus
 from tests.hunting import Hunter, check_as_undisturbed, losses, tiny
@@ -28,6 +28,22 @@ def test_a_killed_worker_changes_nothing(root: Path) -> None:
     assert finished is not None
     check_as_undisturbed(finished, undisturbed, corpus, hunter)
     assert losses(finished)[-1][1] < 0.8 * losses(finished)[0][1]
+    check_seen(root, finished)
+
+
+def check_seen(root: Path, finished: Artifact) -> None:
+    """Steps that were done twice are in MLflow once; the run is drawn beside its journal."""
+    from mlflow import MlflowClient
+
+    run = finished.manifest.detail["run"]
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
+    experiment = client.get_experiment_by_name(finished.name)
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert (logged.info.run_name, logged.info.status) == (run, "FINISHED")
+    for key in ("loss", "predictions_per_second", "data_wait", "goodput"):
+        points = client.get_metric_history(logged.info.run_id, key)
+        assert [point.step for point in points] == list(range(1, 41)), key
+    assert (root / f"runs/{run}/training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_more_workers_than_cpus_is_refused_at_once(root: Path) -> None:

@@ -233,6 +233,19 @@ def test_the_running_mean_stays_on_its_curve() -> None:
     assert np.allclose(plots.smoothed(line)[5:-5], line[5:-5])
 
 
+def test_a_run_is_drawn_with_what_it_has() -> None:
+    from matplotlib.figure import Figure
+
+    rows = [{"step": float(n), "loss": 1.0 / n, "data_wait": 0.1} for n in range(1, 9)]
+    rows[3]["loss"] = float("nan")  # skipped
+    figure = Figure()
+    plots.training(rows)(figure)
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title("left") for axes in shown] == ["loss, nats", "share waiting for data"]
+    assert [len(axes.lines[0].get_xdata()) for axes in shown] == [7, 8]
+    assert size_of(plots.png(plots.training(rows))) > (600, 300)
+
+
 def test_labels_that_the_font_lacks_become_numbers() -> None:
     assert plots.drawable(["0", "naïve", "Ωμ"]) and not plots.drawable(["0", "定日镜"])
     assert plots.png(plots.confusion(np.array([[2, 1], [0, 3]]), ["定", "日"]))
