@@ -337,22 +337,26 @@ def stoppable(work: Callable[[], None], ask: Callable[[], bool], grace: float) -
         KeyboardInterrupt: after it was asked to end.
     """
     failures: list[BaseException] = []
+    # Not `Thread.join`: interrupted by a signal, Python 3.11's takes the thread for ended.
+    over = threading.Event()
 
     def run() -> None:
         try:
             work()
         except BaseException as error:
             failures.append(error)
+        finally:
+            over.set()
 
     thread = threading.Thread(target=run, daemon=True, name="stoppable")
     with _sigterm_interrupts():
         try:
             thread.start()
-            while thread.is_alive():
-                thread.join(0.2)
+            while not over.wait(0.2):
+                pass
         except KeyboardInterrupt:
             if ask():
-                thread.join(grace)
+                over.wait(grace)
             raise
     if failures:
         raise failures[0]
@@ -384,4 +388,5 @@ def asked_to_stop(board: Any) -> bool:
         signs = ray.get(board.signs.remote(), timeout=5)
     except (ray.exceptions.RayError, HeliostatError):
         return False
-    return any(sign.step > sign.start for sign, _, _ in signs)
+    # Signs come once a second: the last ones may be from before a step that is done by now.
+    return bool(signs) and len(signs) == signs[0][0].ranks

@@ -118,7 +118,8 @@ def test_a_crash_loop_ends_with_a_diagnosis(root: Path) -> None:
     with pytest.raises(TrainingError, match="3 times in a row in step") as stopped:
         pretrain.run(config)
     names = [e.name for e in events(root, "loop")]
-    assert names.count("launch") == names.count("worker_lost") == 3
+    # On a busy machine a start may be lost before it came to the launch; that is no crash loop.
+    assert names.count("launch") == 3 <= names.count("worker_lost")
     assert names.count("crash_loop") == 1
     assert "its batch is made of 8 documents" in str(stopped.value)
 

@@ -65,6 +65,7 @@ def test_a_signal_asks_and_waits(number: int) -> None:
     def work() -> None:
         os.kill(os.getpid(), number)
         asked.wait(30)
+        time.sleep(0.5)  # as a checkpoint takes
         done.append("committed")
 
     def ask() -> bool:
