@@ -128,7 +128,8 @@ CASES = (
     bad("a.jsonl", SECRET.encode("utf-16"), "UTF-16"),
     # CSV
     bad("a.csv", b"", "not even a header"),
-    bad("a.csv", "id,标题\n1,2\n".encode(), "no column `text`.*标题.*data.columns"),
+    bad("a.csv", "id,标题\n1,2\n".encode(), "no column `text` among the 2.*data.columns"),
+    bad("a.tsv", f"{SECRET}\t1\n文\t2\n".encode(), "no column `text` among the 2"),
     bad("a.csv", "text,id\n好,1\nb\nc,2,3\n好,4\n".encode(), "cells below a header", (3, 4), 2),
     bad("a.csv", b"text,id\n,1\n" + "文,2\n".encode(), "nothing in column", (2,), 1),
     bad("a.csv", b"text,id\n\xff\xff,1\n" + "文,2\n".encode(), "not UTF-8", (2,), 1),
@@ -246,6 +247,9 @@ def test_file_that_changes_under_the_reader_is_quarantined(tmp_path: Path) -> No
         path = tmp_path / name
         path.write_text("here")
         (listed,) = sources.listing([str(path)], "text").files
+        path.write_text("longer by now")
+        (changed,) = sources.read_texts(listed, 100)
+        assert isinstance(changed, Reject) and "changed after it was listed" in changed.reason
         path.unlink()
         (gone,) = sources.read_texts(listed, 100)
         assert isinstance(gone, Reject) and "vanished" in gone.reason

@@ -86,6 +86,29 @@ def test_a_table_gives_its_column_row_by_row(tmp_path: Path, name: str, packed: 
     assert len(items) == 3
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_columns_of_a_table_without_header_have_numbers(tmp_path: Path, mark: bytes) -> None:
+    path = tmp_path / "a.tsv"
+    raw = mark + "第一行\t1\nsecond line\t0\n\t1\n".encode()
+    path.write_bytes(raw)
+    items = piles.read(path, reading=Reading(text="#1"))
+    assert piles.texts(items) == [(1, "第一行"), (2, "second line")]
+    assert [reject.row for reject in piles.rejects(items)] == [3]
+    spans = [item.span for item in items if isinstance(item, RawText)]
+    assert [raw[slice(*span)] for span in spans if span] == raw.splitlines(keepends=True)[:2]
+    assert piles.texts(piles.read(path, reading=Reading(text="#2")))[1] == (2, "0")
+    assert len(piles.rejects(piles.read(path, reading=Reading(text="#3")))) == 3
+
+
+def test_a_pattern_may_name_files_of_a_kind_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "train.zh.gz").write_bytes(gzip.compress("第一句\n第二句\n".encode()))
+    (tmp_path / "train.en.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
+    items = piles.read(f"{tmp_path}/*.zh.gz", reading=Reading(lines=True))
+    assert [text for _, text in piles.texts(items)] == ["第一句", "第二句"]
+    with pytest.raises(SourceError, match=r"only 1 \.\w\w, 1 \.\w\w"):
+        piles.read(tmp_path)
+
+
 @pytest.mark.parametrize("packed", piles.PACKED)
 def test_a_text_file_is_read_packed_or_not(tmp_path: Path, packed: str) -> None:
     pack = piles.PACKED[packed]

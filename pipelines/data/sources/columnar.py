@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.data.sources.decoding import decode, too_long, undecodable
-from pipelines.data.sources.delimited import no_column
 from pipelines.data.sources.files import RawText, Reject, SourceFile
 from pipelines.data.sources.opening import (
     FREE_EXPANSION,
@@ -207,7 +206,7 @@ def _chosen(schema: pa.Schema, columns: Sequence[str], beside: Sequence[str]) ->
                 raise Unreadable(f"holds the extension type {name}, which would run code: refused")
     for name in columns:
         if schema.get_field_index(name) < 0:
-            raise Unreadable(no_column(name, schema.names))
+            raise Unreadable(_no_column(name, schema.names))
     chosen = [*columns, *(name for name in beside if schema.get_field_index(name) >= 0)]
     for name in chosen:
         field = schema.field(name)
@@ -215,6 +214,11 @@ def _chosen(schema: pa.Schema, columns: Sequence[str], beside: Sequence[str]) ->
         if odd:
             raise Unreadable(f"column `{name}` holds the extension type {odd[0]}: refused")
     return list(dict.fromkeys(chosen))
+
+
+def _no_column(name: str, names: list[str]) -> str:
+    shown = ", ".join(n[:40] for n in names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"no column `{name}` (there are: {shown}): name one in data.columns"
 
 
 def _extensions(field: pa.Field) -> Iterator[str]:

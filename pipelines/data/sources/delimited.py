@@ -1,6 +1,10 @@
-"""CSV and TSV: one document per row, from the column that the recipe names."""
+"""CSV and TSV: one document per row, from the column that the recipe names.
+
+A column that is named `#2` is the second one of files that have no header.
+"""
 
 import csv
+import re
 from collections.abc import Iterator
 from typing import IO
 
@@ -11,6 +15,7 @@ from pipelines.data.sources.opening import Unreadable
 
 DELIMITERS = ",;\t|"
 """The one that is most frequent in the header of a .csv is its delimiter."""
+_NUMBER = re.compile(r"#[1-9][0-9]{0,3}")
 
 
 class _TooLong(Exception):
@@ -24,14 +29,22 @@ class _Lines:
     def __init__(self, stream: IO[bytes], max_bytes: int) -> None:
         self._stream, self._max_bytes = stream, max_bytes
         self.position = self.number = 0
+        self._first = self._again = b""
+
+    def start_again(self) -> None:
+        """After the first line: it will come once more."""
+        self._again, self.position, self.number = self._first, 0, 0
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
-        line = self._stream.readline(self._max_bytes + 1)
+        line = self._again or self._stream.readline(self._max_bytes + 1)
+        self._again = b""
         if not line:
             raise StopIteration
+        if self.position == 0:
+            self._first = line
         if self.position == 0 and is_utf16(line):
             raise Unreadable(undecodable(line[:2]))
         self.number += 1
@@ -73,7 +86,8 @@ def by_row(file: SourceFile, stream: IO[bytes], max_bytes: int) -> Iterator[RawT
             yield _document(file, number, header, cells, (start, lines.position))
 
 
-def _header(file: SourceFile, lines: _Lines, max_bytes: int) -> tuple[list[str], str]:
+def _header(file: SourceFile, lines: _Lines, max_bytes: int) -> tuple[list[str] | None, str]:
+    """Names of the columns, None where they have numbers, and the delimiter."""
     try:
         line = next(lines)
     except StopIteration:
@@ -85,6 +99,9 @@ def _header(file: SourceFile, lines: _Lines, max_bytes: int) -> tuple[list[str],
         delimiter = max(DELIMITERS, key=line.count)
     if "\0" in line:
         raise Unreadable("holds NUL bytes: not text")
+    if _NUMBER.fullmatch(file.reading.text):
+        lines.start_again()
+        return None, delimiter
     try:
         names = next(csv.reader([line], delimiter=delimiter, strict=True))
         line.encode()
@@ -94,13 +111,12 @@ def _header(file: SourceFile, lines: _Lines, max_bytes: int) -> tuple[list[str],
         raise Unreadable("not UTF-8") from None
     names = [name.strip() for name in names]
     if file.reading.text not in names:
-        raise Unreadable(no_column(file.reading.text, names))
+        # Without a header, the first line is content: it is not shown.
+        raise Unreadable(
+            f"no column `{file.reading.text}` among the {len(names)} of its first line: name one "
+            "in data.columns, or `#1` for the first of files without a header"
+        )
     return names, delimiter
-
-
-def no_column(name: str, names: list[str]) -> str:
-    shown = ", ".join(n[:40] for n in names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"no column `{name}` (there are: {shown}): name one in data.columns"
 
 
 def _broken(message: str, max_bytes: int) -> str:
@@ -110,14 +126,16 @@ def _broken(message: str, max_bytes: int) -> str:
 
 
 def _document(
-    file: SourceFile, row: int, header: list[str], cells: list[str], span: tuple[int, int]
+    file: SourceFile, row: int, header: list[str] | None, cells: list[str], span: tuple[int, int]
 ) -> RawText | Reject:
+    if header is None:
+        header = [f"#{number}" for number in range(1, len(cells) + 1)]
     if len(cells) != len(header):
         return Reject(
             file.path, row, f"a row of {len(cells)} cells below a header of {len(header)}"
         )
     named = dict(zip(header, cells, strict=True))
-    text = named[file.reading.text]
+    text = named.get(file.reading.text, "")
     if "\0" in text:
         return Reject(file.path, row, "holds NUL bytes: not text")
     try:

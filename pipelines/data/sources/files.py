@@ -59,7 +59,8 @@ class SourceFile:
     """URI that opens the filesystem; empty for a local one."""
     size: int
     mtime_ns: int
-    """Of HTTP, a number that follows from the entity tag or the date of the last change."""
+    """Of HTTP, a number that follows from the entity tag or the date of the last change; 0 where
+    it is not known."""
     inside: str
     """Path inside its source, such as `cats/1.png`."""
     source: str = ""

@@ -24,6 +24,7 @@ from pipelines.data.sources.files import (
     Reading,
     Reject,
     SourceFile,
+    extension_of,
 )
 from pipelines.data.sources.opening import open_binary
 
@@ -149,8 +150,10 @@ def _builtin_version(source: str) -> str:
 
 
 def _fitting(source: str, payload: Payload, found: Listing) -> Listing:
-    """Keep files that a reader is for; a file that was named itself is always tried."""
+    """Keep files that a reader is for; one that was named itself, or all of whose kind were named
+    by a pattern such as `*.en.gz`, is always tried."""
     known = TEXT_EXTENSIONS if payload == "text" else IMAGE_EXTENSIONS
+    wanted = extension_of(source) if glob.has_magic(source) else None
     files: list[SourceFile] = []
     rejects: list[Reject] = []
     ignored = Counter(found.ignored)
@@ -159,7 +162,7 @@ def _fitting(source: str, payload: Payload, found: Listing) -> Listing:
         reason = _REFUSED.get(file.extension) or _REFUSED.get(ending)
         if reason:
             rejects.append(Reject(file.path, None, reason))
-        elif file.extension in known or file.path == source:
+        elif file.extension in known or file.path == source or file.extension == wanted:
             files.append(file)
         else:
             ignored[file.extension or "no extension"] += 1

@@ -97,9 +97,13 @@ def _open(file: SourceFile) -> IO[bytes]:
 def _open_local(file: SourceFile) -> IO[bytes]:
     # Without O_NONBLOCK, a FIFO put in the file's place would be waited for for ever.
     stream = os.fdopen(os.open(file.location, os.O_RDONLY | os.O_NONBLOCK), "rb")
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+    info = os.fstat(stream.fileno())
+    if not stat.S_ISREG(info.st_mode):
         stream.close()
         raise Unreadable("not a regular file")
+    if file.mtime_ns and (info.st_size, info.st_mtime_ns) != (file.size, file.mtime_ns):
+        stream.close()
+        raise Unreadable("it changed after it was listed: run again")
     return stream
 
 
