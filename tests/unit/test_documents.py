@@ -38,7 +38,7 @@ def packed(tmp_path: Path) -> Path:
 
 def test_a_file_that_cannot_be_cut_becomes_parts(packed: Path) -> None:
     found = parts(packed)
-    assert len(found) > 4 and all(900 < _size(part) < 1200 for part in found[:-1])
+    assert len(found) == 4 and all(900 < _size(part) < 1200 for part in found[:-1])
     ids = [i for part in found for i in part.table.column("document").to_pylist()]
     assert ids == sorted(ids) and len(set(ids)) == 59
     assert {i >> (PART_BITS + PLACE_BITS) for i in ids} == {5}
