@@ -10,6 +10,7 @@
     ├── GateRefused           exit 2: a quality gate said no
     ├── ArtifactError         a stored artifact is missing, damaged or of a newer format
     ├── StorageError          reading or writing storage failed (full, read-only, gone)
+    ├── PrivacyError          personal data could not be taken out of a text
     ├── TrainingError         a training run could not go on
     └── ServingError          the served application did not come up
 
@@ -55,6 +56,10 @@ class ArtifactError(HeliostatError):
 
 
 class StorageError(HeliostatError):
+    pass
+
+
+class PrivacyError(HeliostatError):
     pass
 
 
