@@ -8,6 +8,8 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -91,6 +93,38 @@ def journal(
     """What happened to a training run: starts, skips, leaps, losses of workers, fallbacks."""
     for event in _journal_of(run, overrides or []).events():
         print(event.json() if as_json else event.line())
+
+
+@app.command()
+def deidentify(
+    source: Annotated[Path, typer.Argument(help="JSON lines with a field `text`.")],
+    target: Annotated[Path, typer.Argument(help="Where they go, with `spans` of what was found.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes: data.privacy.key=value ...")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Replace personal data in a file by typed surrogates, by the rules that `prepare` has."""
+    if stranger := next((o for o in overrides or [] if not o.startswith("data.privacy.")), None):
+        raise UsageError(f"deidentify takes changes of data.privacy only, not {stranger}")
+    settings: Any = loading.load(DEFAULT_RECIPE, overrides or []).data
+    tally = import_module("pipelines.deidentify").run(source, target, settings.privacy)
+    _print_tally(tally, target, as_json=as_json)
+
+
+def _print_tally(tally: Any, target: Path, *, as_json: bool) -> None:
+    for line in tally.first_rejects:
+        print(f"heliostat: rejected {line}", file=sys.stderr)
+    if tally.rejected:
+        print(f"heliostat: {tally.rejected} rejected lines: {target}.rejects", file=sys.stderr)
+    if as_json:
+        fields = ("rows", "changed", "overwritten", "rejected", "types")
+        print(json.dumps({"status": "done"} | {name: getattr(tally, name) for name in fields}))
+        return
+    found = ", ".join(f"{count} {name}" for name, count in sorted(tally.types.items()))
+    print(f"{target}: {tally.rows} rows, {tally.changed} changed: {found or 'nothing found'}")
+    if tally.overwritten:
+        print(f"{tally.overwritten} rows had a field `spans` of their own, which is replaced")
 
 
 def _journal_of(run: str, overrides: list[str]) -> Any:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster import progress
-from cluster.config import RunConfig, TextData
+from cluster.config import RunConfig
 from cluster.errors import HeliostatError, SourceError
 from cluster.session import open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, resolved
@@ -50,6 +50,8 @@ class Left:
     """The files among them; the rows lie in the scratch folder."""
     sample: tuple[Rejected, ...] = ()
     """Some of the documents that are not wanted."""
+    personal: Counter[str] = field(default_factory=Counter)
+    """Personal values that a surrogate stands for, by type."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,11 @@ def check(config: RunConfig) -> None:
     """
     Raises:
         SourceError: if a source is missing or has no file of the recipe's kind.
-        ConfigError: if a rule of the user's own cannot be imported.
+        ConfigError: if a function that the recipe names cannot be imported.
         UsageError: if the corpus is to be encrypted and there is no key.
     """
     _listing(config)
-    _check_rules(config)
+    documents.check(config.data)
     _check_key(config)
 
 
@@ -88,15 +90,9 @@ def _check_key(config: RunConfig) -> str | None:
     return Sealing(config.data.encrypt).key_name
 
 
-def _check_rules(config: RunConfig) -> None:
-    """A rule that cannot be imported is found before a session is opened."""
-    if isinstance(config.data, TextData):
-        cleaning.rules(config.data)
-
-
 def run(config: RunConfig) -> StageResult:
     found = _listing(config)
-    _check_rules(config)
+    documents.check(config.data)
     key_name = _check_key(config)
     parts = sources.partition(found.files, config.data.partition_bytes)
     store = open_store(config)
@@ -166,7 +162,8 @@ def left_out(listed: Sequence[Reject], cleaned: Sequence[Cleaned]) -> Left:
         own = (_from_first_line(one, before) for one in part.sample)
         sample = cleaning.sampled([*sample, *own])
     reasons = rows + Counter(reject.reason for reject in in_order)
-    return Left(drops, reasons, in_order, sample)
+    personal = sum((part.personal for part in cleaned), Counter[str]())
+    return Left(drops, reasons, in_order, sample, personal)
 
 
 def _from_first_line(one: Rejected, before: Mapping[str, int]) -> Rejected:
@@ -404,6 +401,7 @@ def _counts(found: Listing, chosen: Chosen, shards: Sequence[Shard]) -> dict[str
         "bytes": sum(pc.sum(i.column("bytes")).as_py() for i in chosen.splits.values()),
         "dropped": dict(sorted(chosen.left.drops.items())),
         "quarantined": dict(sorted(chosen.left.reasons.items())),
+        "personal": dict(sorted(chosen.left.personal.items())),
         **_summed(shard.counts for shard in shards),
     }
 
@@ -424,6 +422,7 @@ def _metrics(
         "bytes": counts["bytes"],
         "dropped": sum(counts["dropped"].values()),
         "quarantined": sum(counts["quarantined"].values()),
+        "personal": sum(counts["personal"].values()),
     }
     if counts.get("tokens"):
         metrics["bytes_per_token"] = counts["bytes"] / counts["tokens"]

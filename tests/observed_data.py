@@ -148,6 +148,21 @@ def encryption(config: RunConfig) -> set[bytes]:
     return {made.read_bytes(path)[:4] for path in paths}
 
 
+def personal(config: RunConfig) -> Any:
+    """Personal values taken out, by type, and how much text is left."""
+    Path("docs").mkdir()
+    for n in range(40):
+        text = f"{n} 王芳写信给 wang{n}@example.cn，或致电 (415) 555-26{n}。{n} {n}".ljust(40, "。")
+        Path(f"docs/{n}.txt").write_text(text, encoding="utf-8")
+    found = prepared(config)[0].manifest.detail["counts"]
+    return found["personal"], found["bytes"]
+
+
+def wang(text: str) -> list[tuple[int, int, str]]:
+    """The least that finds a name."""
+    return [(at, at + 2, "name")] if (at := text.find("王芳")) >= 0 else []
+
+
 def splits(config: RunConfig) -> Any:
     """Documents of each split."""
     found = corpus(config).manifest.detail["splits"]

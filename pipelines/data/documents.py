@@ -19,6 +19,7 @@ from cluster.config.data import OTHERS
 from pipelines.data import cleaning, duplicates, images, sources
 from pipelines.data.cleaning import Document, Drop, Rejected
 from pipelines.data.corpus import PART_BITS, PLACE_BITS
+from pipelines.data.privacy.scrub import Scrubbed, Scrubber, applies
 from pipelines.data.sources import Lines, Payload, RawText, Reading, Reject, SourceFile
 
 MAX_BYTES_PER_CHARACTER = 4
@@ -62,6 +63,8 @@ class Leavings:
     """Some of those, each reason's own."""
     lines: Counter[str] = field(default_factory=Counter)
     """Lines of files that several partitions share: `row` counts from the partition's first."""
+    personal: Counter[str] = field(default_factory=Counter)
+    """Personal values that a surrogate stands for, by type."""
 
     @property
     def reasons(self) -> Counter[str]:
@@ -75,13 +78,15 @@ def together(leavings: Iterable[Leavings]) -> Leavings:
     drops: Counter[str] = Counter()
     sample: tuple[Rejected, ...] = ()
     lines: Counter[str] = Counter()
+    personal: Counter[str] = Counter()
     for one in leavings:
         rejects.update(one.rejects)
         drops.update(one.drops)
         sample = cleaning.sampled([*sample, *one.sample])
         lines.update(one.lines)
+        personal.update(one.personal)
     in_order = sorted(rejects, key=lambda r: (r.file, r.row or 0, r.reason))
-    return Leavings(tuple(in_order), +drops, sample, lines)
+    return Leavings(tuple(in_order), +drops, sample, lines, personal)
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,8 @@ class Documents:
     leavings: Leavings
 
 
-Outcome = dict[str, Any] | Rejected | Reject | Lines
-"""A document as columns, or why there is none."""
+Outcome = dict[str, Any] | Rejected | Reject | Lines | Scrubbed
+"""A document as columns, or why there is none; before it, what was taken out of it."""
 
 
 _REJECTS_LIMIT = 1 << 16
@@ -112,6 +117,7 @@ class _Part:
         self._drops: Counter[str] = Counter()
         self._sample: list[Rejected] = []
         self._lines: Counter[str] = Counter()
+        self._personal: Counter[str] = Counter()
 
     def add(self, outcome: Outcome) -> None:
         if isinstance(outcome, Reject):
@@ -123,6 +129,8 @@ class _Part:
                 self._sample = list(cleaning.sampled(self._sample))
         elif isinstance(outcome, Lines):
             self._lines[outcome.file] += outcome.count
+        elif isinstance(outcome, Scrubbed):
+            self._personal.update(outcome.counts)
         else:
             self.rows.append({"document": self._first | len(self.rows), **outcome})
             self.size += outcome["bytes"]
@@ -135,7 +143,9 @@ class _Part:
     def documents(self, payload: Payload) -> "Documents":
         table = pa.Table.from_pylist(self.rows, schema(payload))
         sample = cleaning.sampled(self._sample)
-        return Documents(table, Leavings(tuple(self._rejects), self._drops, sample, self._lines))
+        rejects = tuple(self._rejects)
+        leavings = Leavings(rejects, self._drops, sample, self._lines, self._personal)
+        return Documents(table, leavings)
 
 
 def parts(
@@ -165,6 +175,15 @@ def read(files: Sequence[SourceFile], data: TextData | ImageData, partition: int
 def part_of(ids: np.ndarray) -> np.ndarray:
     """Numbers of the parts that documents lie in, counted through all partitions."""
     return ids >> PLACE_BITS
+
+
+def check(data: TextData | ImageData) -> None:
+    """
+    Raises:
+        ConfigError: if a function that the recipe names cannot be imported.
+    """
+    if isinstance(data, TextData):
+        _text_reader(data)
 
 
 def readings(data: TextData | ImageData) -> dict[str, Reading]:
@@ -203,6 +222,7 @@ def _outcomes(file: SourceFile, data: TextData | ImageData) -> Iterator[Outcome]
 
 def _text_reader(data: TextData) -> Callable[[SourceFile], Iterator[Outcome]]:
     rules = cleaning.rules(data)
+    scrubber = Scrubber(data.privacy)
     max_bytes = MAX_BYTES_PER_CHARACTER * data.max_characters
 
     def read_file(file: SourceFile) -> Iterator[Outcome]:
@@ -215,6 +235,9 @@ def _text_reader(data: TextData) -> Callable[[SourceFile], Iterator[Outcome]]:
             if isinstance(text, Drop):
                 yield cleaning.rejected(document, text)
                 continue
+            if applies(data.privacy, file.source):
+                yield (scrubbed := scrubber.scrub(text))
+                text = scrubbed.text
             payload = text.encode()
             yield _origin(file, raw.row, raw.span) | {
                 "digest": duplicates.digest(payload),

@@ -51,6 +51,8 @@ class Cleaned:
     """Some of the documents that were dropped."""
     lines: Mapping[str, int]
     """As in `Leavings`."""
+    personal: Counter[str]
+    """As in `Leavings`."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def read(
         "rejects": [asdict(reject) for reject in left.rejects],
         "sample": [asdict(one) for one in left.sample],
         "lines": left.lines,
+        "personal": left.personal,
     }
     scratch.record(name, tree, entries)
     return _cleaned(work, pa.concat_tables(index), tree)
@@ -136,6 +139,7 @@ def _cleaned(
         tuple(Reject(**reject) for reject in noted["rejects"]),
         tuple(Rejected(**one) for one in noted["sample"]),
         noted["lines"],
+        Counter(noted["personal"]),
     )
 
 

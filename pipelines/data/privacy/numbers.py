@@ -31,6 +31,13 @@ def only_digits(text: str) -> str:
 
 def windows(view: View, least: int) -> list[Window]:
     """Where at least so many digits stand together, with room for letters around them."""
+    key = f"windows {least}"
+    if key not in view.memory:
+        view.memory[key] = _windows(view, least)
+    return view.memory[key]
+
+
+def _windows(view: View, least: int) -> list[Window]:
     found: list[Window] = []
     for start, end, count in clusters(view):
         if count < least:

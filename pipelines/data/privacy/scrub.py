@@ -23,12 +23,18 @@ from pipelines.data.privacy import (
 from pipelines.data.privacy.spans import Evidence, Span, resolve
 from pipelines.data.privacy.surrogates import Names
 from pipelines.data.privacy.view import SURROGATE, View, look
+from pipelines.data.sources import BUILTINS
 
 Finder = Callable[[View], Iterator[Span]]
 Backend = Callable[[str], Iterable[tuple[int, int, str]]]
 """A reader of names: from a text, (start, end, type) of each, in characters."""
 
 _TYPE = re.compile(r"[a-z][a-z_]{1,29}")
+
+
+def applies(settings: PrivacySection, source: str) -> bool:
+    """Whether files of a source, as the recipe names it, are to be de-identified."""
+    return settings.apply == "always" or (settings.apply == "auto" and source not in BUILTINS)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,10 @@ class View:
         places = np.flatnonzero((codes == ord(":")) | (codes == ord("="))) + 1
         for _ in range(_QUOTES):
             places = places + _kinds(codes[places], _IS_QUOTE)
-        for ahead in range(_KEY_LENGTH):
+        # The far end first: most values are short.
+        for ahead in reversed(range(_KEY_LENGTH)):
+            if not len(places):
+                return []
             places = places[_kinds(codes[places + ahead], _IS_KEY)]
         return np.unique(places).tolist()
 
