@@ -80,13 +80,24 @@ def _email_at(view: View, at: int) -> Span | None:
 
 _BREAK = re.compile(r"\s+")
 _GAP = r"[ \t.\-/()]{0,3}(?:\n[ \t(]{0,4})?"
+_NO_WORD = r"(?![A-Za-wyz0-9_]|x(?!\d))"
+_EXTENSION = re.compile(
+    r"(?: ?,? ?(?:ext\.?|extension|Durchwahl|poste|分机) ?|x)\d{1,6}(?!\w)", re.I
+)
 _INTERNATIONAL = re.compile(
-    rf"(?<![A-Za-z0-9_+])(?<!\d[.,:])\(?(?:\+[ ]?|00[ \-]?)\(?[1-9](?:{_GAP}\d){{6,14}}(?!\w)",
+    rf"(?<![A-Za-z0-9_+])(?<!\d[.,:])\(?(?:\+[ ]?|00[ \-]?)\(?[1-9](?:{_GAP}\d){{6,14}}{_NO_WORD}(?![.,]\d)",
     re.ASCII,
 )
-_NATIONAL = re.compile(rf"{numbers.START}\(?\d(?:{_GAP}\d){{6,13}}(?!\w)(?![.,]\d)", re.ASCII)
+_NATIONAL = re.compile(rf"{numbers.START}\(?\d(?:{_GAP}\d){{6,13}}{_NO_WORD}(?![.,]\d)", re.ASCII)
 _WORDS = context.words(
-    *("tele?(?:phone|fono?|foon|fax)?s?", "phones?", "mobiles?", "mob", "cell(?:ular)?", "fax"),
+    *(
+        "tele?(?:phone|fono?|foon|fax)?s?",
+        "phone(?:s|[ _]?n(?:o|umbers?))?",
+        "mobiles?",
+        "mob",
+        "cell(?:ular)?",
+        "fax",
+    ),
     *("ph", "call(?: (?:me|us))?(?: (?:at|on))?", "text(?: me)? (?:at|on)", "whats ?app", "ring"),
     *("handy(?:nummer)?", "telefon\\w*", "rufnummer", "mobil\\w*", "festnetz", "tél(?:éphone)?"),
     *("portable", "appel\\w*", "joindre", "teléfono", "tel[eé]fono", "tfno", "móvil", "celular"),
@@ -105,6 +116,11 @@ _WORDS = context.words(
         "号码",
     ),
 )
+_SURE_WORDS = context.words(
+    *("tel", "telephone", "phone(?:[ _]?n(?:o|umber))?", "fax", "telefon(?:nummer)?", "tél"),
+    *("téléphone", "teléfono", "telefono", "telefone", "电话", "電話", "手机号?码?", "传真"),
+)
+_GROUPED, _SHORTEST = 3, 8
 _DATE = re.compile(
     r"(?:19|20)\d\d[-/.](?:0\d|1[0-2])[-/.][0-3]\d|[0-3]?\d[-/.][01]?\d[-/.](?:19|20)\d\d"
 )
@@ -123,7 +139,7 @@ class Form:
 
 
 def _form(region: str, digits: str, groups: set[_GROUPS], sign: str = "") -> Form:
-    start, end = r"(?<![A-Za-z0-9_+])(?<!\d[.,\-/])", r"(?!\w)(?![.,\-/]\d)"
+    start, end = r"(?<![A-Za-z0-9_+])(?<!\d[.,\-/])", _NO_WORD + r"(?![.,\-/]\d)"
     pattern = re.compile(f"{start}{digits}{end}".replace("~", _GAP), re.ASCII)
     return Form(region, pattern, frozenset(groups), re.compile(sign))
 
@@ -157,13 +173,20 @@ def phones(view: View, regions: Sequence[str]) -> Iterator[Span]:
 def _international(view: View) -> Iterator[Span]:
     for match in numbers.candidates(_INTERNATIONAL, view.text, numbers.windows(view, 7)):
         start, written = match.start(), match[0]
+        named, plus = context.named(view, start, _WORDS), "+" in written
         # Zeros in front of a bare number are too common in tables.
-        if written.isdigit() and not context.named(view, start, _WORDS):
+        if not plus and not named and (written.isdigit() or context.other(view, start)):
             continue
-        for text in numbers.shortened(written):
-            if _valid("+" + numbers.only_digits(text).removeprefix("00"), None, text):
-                yield Span(start, start + len(text), "phone")
-                break
+        texts = list(numbers.shortened(written))
+        found = next((text for text in texts if _valid(_plus(text), None, text)), None)
+        if found is None and (named or (plus and len(texts) >= _GROUPED)):
+            found = next((text for text in texts if _possible(_plus(text), None)), None)
+        if found:
+            yield _span(view, start, found, Evidence.CHECKED)
+
+
+def _plus(text: str) -> str:
+    return "+" + numbers.only_digits(text).removeprefix("00")
 
 
 def _national(view: View, regions: Sequence[str]) -> Iterator[Span]:
@@ -173,10 +196,12 @@ def _national(view: View, regions: Sequence[str]) -> Iterator[Span]:
             continue
         if context.other(view, start):
             continue
-        for text in numbers.shortened(match[0]):
-            if any(_valid(numbers.only_digits(text), region) for region in regions):
-                yield Span(start, start + len(text), "phone", Evidence.NAMED)
-                break
+        texts = [(text, numbers.only_digits(text)) for text in numbers.shortened(match[0])]
+        found = next((t for t, d in texts if any(_valid(d, region) for region in regions)), None)
+        if found is None and context.named(view, start, _SURE_WORDS):
+            found = next((t for t, d in texts if any(_possible(d, r) for r in regions)), None)
+        if found:
+            yield _span(view, start, found, Evidence.NAMED)
 
 
 def _formatted(view: View, form: Form) -> Iterator[Span]:
@@ -187,7 +212,23 @@ def _formatted(view: View, form: Form) -> Iterator[Span]:
         if context.other(view, match.start()) or _DATE.match(text):
             continue
         if _valid(numbers.only_digits(text), form.region):
-            yield Span(match.start(), match.end(), "phone", Evidence.FORM)
+            yield _span(view, match.start(), text, Evidence.FORM)
+
+
+def _span(view: View, start: int, text: str, evidence: Evidence) -> Span:
+    end = start + len(text)
+    extension = _EXTENSION.match(view.text, end)
+    return Span(start, extension.end() if extension else end, "phone", evidence)
+
+
+def _possible(digits: str, region: str | None) -> bool:
+    """Its length is one that the country has: numbers come into use before tables know them."""
+    if len(digits) < _SHORTEST:
+        return False
+    try:
+        return phonenumbers.is_possible_number(phonenumbers.parse(digits, region))
+    except phonenumbers.NumberParseException:
+        return False
 
 
 def _valid(digits: str, region: str | None, written: str = "") -> bool:

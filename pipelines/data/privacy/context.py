@@ -23,7 +23,7 @@ _OTHER = re.compile(
 def words(*alternatives: str) -> re.Pattern[str]:
     """Matches one of the words at the end of what stands in front, with little between."""
     joined = "|".join(alternatives)
-    return re.compile(rf"(?<![A-Za-z])(?:{joined})[^\d\0]{{0,24}}$", re.IGNORECASE)
+    return re.compile(rf"(?<![A-Za-z])(?:{joined})(?![A-Za-z])[^\d\0]{{0,24}}$", re.IGNORECASE)
 
 
 def before(view: View, start: int) -> str:

@@ -130,10 +130,8 @@ KINDS = (
 def national_ids(view: View) -> Iterator[Span]:
     for kind in KINDS:
         for match in numbers.candidates(kind.pattern, view.text, numbers.windows(view, kind.least)):
-            if not kind.check(_SPACES_AND_DOTS.sub("", match[0])):
-                continue
             evidence = _evidence(kind, view, match)
-            if evidence:
+            if evidence and kind.check(_SPACES_AND_DOTS.sub("", match[0])):
                 yield Span(match.start(), match.end(), "national_id", evidence)
 
 

@@ -27,9 +27,18 @@ _GROUPINGS: set[tuple[int, ...]] = {
     *((n,) for n in range(12, 20)),
     *((4, 6, 5), (4, 6, 4), (6, 13), (6, 10), (8, 8)),
 }
-_CARD = re.compile(numbers.START + numbers.digits("12,18", "[2-68]") + r"(?!\w)", re.ASCII)
+_SHORTEST = 12
+_CARD = re.compile(numbers.START + numbers.digits("11,18") + r"(?!\w)", re.ASCII)
 _CARD_WORDS = context.words(
-    *("cards?", "visa", "master ?card", "amex", "american express", "pan", "debit", "credit"),
+    *(
+        "cards?(?: ?numbers?)?",
+        "(?:credit|debit|bank) ?cards?(?: ?numbers?)?",
+        "visa",
+        "master ?card",
+        "amex",
+        "american express",
+        "pan",
+    ),
     *("karten?\\w*", "kreditkarte\\w*", "carte", "cb", "tarjeta", "carta", "cartão"),
     *("卡号", "银行卡", "信用卡", "储蓄卡", "借记卡", "卡", "カード"),
 )
@@ -47,23 +56,21 @@ _IBAN_WORDS = context.words(
 def cards(view: View) -> Iterator[Span]:
     for match in numbers.candidates(_CARD, view.text, numbers.windows(view, 12)):
         for text in numbers.shortened(match[0]):
-            if not is_card(numbers.only_digits(text)):
+            digits = numbers.only_digits(text)
+            if len(digits) < _SHORTEST or not luhn.is_valid(digits):
                 continue
             start, end = match.start(), match.start() + len(text)
             if context.named(view, start, _CARD_WORDS):
                 yield Span(start, end, "card", Evidence.NAMED)
-            elif _like_a_card(text) and not context.other(view, start):
+                break
+            if is_issued(digits) and _like_a_card(text) and not context.other(view, start):
                 yield Span(start, end, "card")
-            else:
-                continue
-            break
+                break
 
 
-def is_card(digits: str) -> bool:
-    """Whether the issuer has such numbers and the check digit holds."""
-    return any(
-        len(digits) in lengths and prefix.match(digits) for prefix, lengths in _ISSUERS
-    ) and luhn.is_valid(digits)
+def is_issued(digits: str) -> bool:
+    """Whether an issuer has numbers that begin so and are that long."""
+    return any(len(digits) in lengths and prefix.match(digits) for prefix, lengths in _ISSUERS)
 
 
 def _like_a_card(text: str) -> bool:
