@@ -82,10 +82,11 @@ _BREAK = re.compile(r"\s+")
 _GAP = r"[ \t.\-/()]{0,3}(?:\n[ \t(]{0,4})?"
 _NO_WORD = r"(?![A-Za-wyz0-9_]|x(?!\d))"
 _EXTENSION = re.compile(
-    r"(?: ?,? ?(?:ext\.?|extension|Durchwahl|poste|分机) ?|x)\d{1,6}(?!\w)", re.I
+    r"(?: ?,? ?(?:ext\.?|extension|Durchwahl|poste|分机) ?|x)\d{1,6}(?!\w)", re.IGNORECASE
 )
 _INTERNATIONAL = re.compile(
-    rf"(?<![A-Za-z0-9_+])(?<!\d[.,:])\(?(?:\+[ ]?|00[ \-]?)\(?[1-9](?:{_GAP}\d){{6,14}}{_NO_WORD}(?![.,]\d)",
+    r"(?<![A-Za-z0-9_+])(?<!\d[.,:])\(?(?:\+[ ]?|00[ \-]?)\(?[1-9]"
+    rf"(?:{_GAP}\d){{6,14}}{_NO_WORD}(?![.,]\d)",
     re.ASCII,
 )
 _NATIONAL = re.compile(rf"{numbers.START}\(?\d(?:{_GAP}\d){{6,13}}{_NO_WORD}(?![.,]\d)", re.ASCII)
