@@ -151,8 +151,8 @@ def encryption(config: RunConfig) -> set[bytes]:
 def personal(config: RunConfig) -> Any:
     """Personal values taken out, by type, and how much text is left."""
     Path("docs").mkdir()
-    for n in range(40):
-        text = f"{n} 王芳写信给 wang{n}@example.cn，或致电 (415) 555-26{n}。{n} {n}".ljust(40, "。")
+    for n in range(300):
+        text = f"{n} 王芳写信给 wang{n}@example.cn，或致电 (415) 555-26{n % 90 + 10}。"
         Path(f"docs/{n}.txt").write_text(text, encoding="utf-8")
     found = prepared(config)[0].manifest.detail["counts"]
     return found["personal"], found["bytes"]
