@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 PARITY_PROMPTS = ("The ", "一")
 """Continued greedily beside `evaluate.prompt`: a server that answers otherwise is broken."""
 PARITY_TOKENS = 16
+PARITY_LOGITS = 8
+"""Largest logits after a prompt that are kept."""
 LOGIT_TOLERANCE = 1e-5
 
 
@@ -100,7 +102,11 @@ def write(
     return {
         "family": family.name,
         "context_length": getattr(hugging.config, "max_position_embeddings", None),
-        "prompts": parity_prompts(config, reopened, folder) if hugging.can_generate() else [],
+        "prompts": (
+            parity_prompts(reopened, folder, (config.evaluate.prompt, *PARITY_PROMPTS))
+            if hugging.can_generate()
+            else []
+        ),
         "facts": trained.corpus.facts,
     }
 
@@ -124,21 +130,27 @@ def check_same(trained: Trained, model: torch.nn.Module, reopened: torch.nn.Modu
         )
 
 
-def parity_prompts(config: RunConfig, model: torch.nn.Module, folder: Path) -> list[dict[str, Any]]:
-    """Prompts with the tokens that the published folder continues them with."""
+def parity_prompts(
+    model: torch.nn.Module, folder: Path, prompts: Iterable[str]
+) -> list[dict[str, Any]]:
+    """Prompts with the tokens that the published folder continues them with, and the largest
+    logits after each as [token, logit]. Replicas replay them before they answer."""
     from transformers import AutoTokenizer
 
-    from pipelines.families.huggingface import greedy
+    from pipelines.families.huggingface import greedy, next_logits
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     hugging: Any = model
     room = max(1, int(hugging.config.max_position_embeddings) // 2)
     recorded = []
-    for prompt in (config.evaluate.prompt, *PARITY_PROMPTS):
+    for prompt in prompts:
         tokens = list(tokenizer(prompt)["input_ids"])[-room:]
         if tokens:
             answer = greedy(model, tokens, min(PARITY_TOKENS, room))
-            recorded.append({"prompt": prompt, "tokens": tokens, "greedy": answer})
+            logits = next_logits(model, tokens, PARITY_LOGITS)
+            recorded.append(
+                {"prompt": prompt, "tokens": tokens, "greedy": answer, "logits": logits}
+            )
     return recorded
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
+from typing import Any
 
 import ray.serve
 
@@ -16,10 +17,10 @@ class ModelReplica:
     """
     Args:
         store: uri of the storage root.
-        engine: `slots`, `max_waiting`, `threads`.
+        engine: see `engines.loading.Options`.
     """
 
-    def __init__(self, store: str, engine: Mapping[str, int]) -> None:
+    def __init__(self, store: str, engine: Mapping[str, Any]) -> None:
         self._store = Store(store)
         self._options = dict(engine)
         self._engine: Engine | None = None
@@ -50,26 +51,35 @@ class ModelReplica:
             self._engine.check()
 
 
-def load_engine(artifact: Artifact, options: Mapping[str, int]) -> Engine:
+def load_engine(artifact: Artifact, options: Mapping[str, Any]) -> Engine:
     """Open a published model, verified, with the engine that its family's route asks for.
 
     Args:
-        options: `slots` (requests at once), `max_waiting`, `threads`.
+        options: see `engines.loading.Options`.
 
     Raises:
         ArtifactError: if a file is missing or damaged.
+        ServingError: if the model does not answer as it did when it was published.
     """
-    import torch
-
-    from serving.engines.generation import CausalRunner, GenerationEngine
+    from serving.engines.loading import Options, open_generation, torch_threads
     from serving.engines.prediction import PredictionEngine
 
-    torch.set_num_threads(options["threads"])
-    family = families.load(artifact.manifest.detail["family"])
-    slots, waiting = options["slots"], options["max_waiting"]
+    detail = artifact.manifest.detail
+    family = families.load(detail["family"])
+    asked = Options(**options)
     with artifact.local() as folder:
         if family.route == "completions":
-            runner = CausalRunner(folder, int(artifact.manifest.detail["context_length"]))
-            return GenerationEngine(artifact.id, runner, slots=slots, max_waiting=waiting)
-        predictor = family.predictor(folder)
-        return PredictionEngine(artifact.id, predictor, max_batch=slots, max_waiting=waiting)
+            return open_generation(
+                artifact.id,
+                folder,
+                asked,
+                context_length=int(detail["context_length"]),
+                records=detail.get("prompts", ()),
+            )
+        torch_threads(asked.threads)
+        return PredictionEngine(
+            artifact.id,
+            family.predictor(folder),
+            max_batch=asked.slots,
+            max_waiting=asked.max_waiting,
+        )

@@ -1,6 +1,7 @@
 """A published language model that is made in a second: random weights, byte-level tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 from cluster.storage import Artifact, Store
 
@@ -52,8 +53,19 @@ def publish(store: Store, folder: Path, name: str = "tiny", seed: int = 0) -> Ar
         staging.copy_tree(folder),
         fingerprint="f",
         config={},
-        detail={"family": "causal_lm", "context_length": CONTEXT},
+        detail=detail(folder),
     )
+
+
+def detail(folder: Path) -> dict[str, Any]:
+    """What publishing writes down about such a folder."""
+    from transformers import AutoModelForCausalLM
+
+    from pipelines.publish import parity_prompts
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompts = parity_prompts(model, folder, ("def ", "一"))
+    return {"family": "causal_lm", "context_length": CONTEXT, "prompts": prompts}
 
 
 def greedy(folder: Path, prompt: str, tokens: int) -> tuple[list[int], str]:

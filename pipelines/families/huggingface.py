@@ -64,6 +64,17 @@ def greedy(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> list[i
     return [int(token) for token in answer[0, len(prompt) :]]
 
 
+def next_logits(model: torch.nn.Module, prompt: list[int], count: int) -> list[tuple[int, float]]:
+    """The `count` likeliest tokens after a prompt, each with its logit."""
+    import torch
+
+    tokens = torch.tensor([prompt], device=next(model.parameters()).device)
+    with torch.inference_mode():
+        row = model(tokens).logits[0, -1].float()
+        values, ids = row.topk(min(count, len(row)))
+    return [(int(token), float(value)) for token, value in zip(ids, values, strict=True)]
+
+
 def _save_generation_config(config: Any, target: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 

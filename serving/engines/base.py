@@ -81,8 +81,8 @@ class Likelihood:
     raw: bytes
     """What it stands for; a character may be spread over several tokens."""
     logprob: float | None
-    """Natural logarithm, of the model's distribution after penalties and bias and before
-    temperature and cuts; None for a prompt's first token, which nothing precedes."""
+    """Natural logarithm, of the model's own distribution: before penalties, bias, temperature and
+    cuts. None for a prompt's first token, which nothing precedes."""
 
 
 @dataclass(frozen=True)

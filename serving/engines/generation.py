@@ -1,88 +1,68 @@
-"""Continuous batching for any Hugging Face causal language model.
+"""Continuous batching: requests join and leave between steps.
 
-Requests join and leave between steps. One thread of its own runs the model; the event loop only
-hands requests in and events out. Each request keeps a cache of its own, so that its tokens depend
-on nothing but itself: in fp32, greedy output equals `generate` token for token.
+One thread of its own runs the model; the event loop only hands requests in and events out. What a
+step does is decided by the scheduler, how the model computes it is the runner's affair.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
-import secrets
+import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from cluster.errors import ServingError
+from serving.engines import sampling
+from serving.engines.answer import Answer, merged
 from serving.engines.base import (
     OVERLOADED,
     Chat,
     Encoded,
     Event,
     Failed,
-    Finished,
     GenerationRequest,
+    Likelihood,
     Prompt,
-    SamplingParameters,
+    PromptScored,
     Started,
     Stats,
     TextRequest,
+    TokenLogprob,
     Tokens,
     is_last,
 )
-from serving.engines.scheduler import Scheduler, Step
+from serving.engines.runner import Feed, Runner
+from serving.engines.sampling import Drawing
+from serving.engines.scheduler import Chunk, Scheduler, Step
 from serving.engines.text import TextStream
-from serving.engines.tokenizer import PromptError, Tokenizer
+from serving.engines.tokenizer import PromptError
 
 if TYPE_CHECKING:
     import torch
-
-
-class Runner(Protocol):
-    """The model behind the engine."""
-
-    context_length: int
-    """Tokens of prompt and answer together."""
-    vocabulary: int
-    end: frozenset[int]
-    """Tokens that end a text."""
-
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """
-        Raises:
-            PromptError: for a chat that cannot be rendered.
-        """
-        ...
-
-    def piece(self, token: int) -> tuple[str, bytes]:
-        """A token's own text and bytes."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str: ...
-
-    def new_cache(self) -> Any: ...
-
-    def forward(self, cache: Any, tokens: Sequence[int]) -> torch.Tensor:
-        """Read tokens into the cache; fp32 logits [vocabulary] after the last of them."""
-        ...
 
 
 @dataclass
 class _Sequence:
     """A request on its way; touched by the engine's thread only, once it was accepted."""
 
-    id: str
+    key: str
+    """Its name within the engine: callers may use an id twice."""
     prompt: tuple[int, ...]
-    sampling: SamplingParameters
-    text: TextStream
-    emit: Callable[[Event], None]
-    cache: Any = None
-    generator: torch.Generator | None = None
-    produced: list[int] = field(default_factory=list)
+    answer: Answer
+    drawing: Drawing
+    scored: bool
+    """Whether the prompt's own log-probabilities are asked for."""
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[Event]
+    scores: list[TokenLogprob] = field(default_factory=list)
+    """Of the part of the prompt that was read."""
+
+    @property
+    def top(self) -> int | None:
+        return self.drawing.sampling.logprobs
 
 
 class GenerationEngine:
@@ -90,15 +70,19 @@ class GenerationEngine:
 
     Args:
         model: id of the artifact, told with each answer.
-        slots: requests that run at once; each holds a cache of up to `context_length` tokens.
     """
 
-    def __init__(self, model: str, runner: Runner, *, slots: int, max_waiting: int) -> None:
+    def __init__(self, model: str, runner: Runner, *, max_waiting: int) -> None:
         self.model = model
         self._runner = runner
-        self._scheduler = Scheduler(slots, max_waiting)
+        self._scheduler = Scheduler(
+            runner.slots, max_waiting, chunk=runner.chunk, prefixes=runner.spare
+        )
         self._sequences: dict[str, _Sequence] = {}
-        # Guards the scheduler and the table above; held for bookkeeping only, never for a step.
+        self._numbers = itertools.count()
+        self._totals = [0, 0, 0]
+        """Tokens of prompts, the part that was not read, tokens of answers; since the start."""
+        # Guards all of the above; held for bookkeeping only, never for a step.
         self._changed = threading.Condition()
         self._closing = False
         self._fault: BaseException | None = None
@@ -109,42 +93,51 @@ class GenerationEngine:
     async def submit(self, request: GenerationRequest | TextRequest) -> AsyncIterator[Event]:
         loop = asyncio.get_running_loop()
         try:
-            prompt = await loop.run_in_executor(self._tokenizing, self._encode, request.prompt)
+            prompt = await loop.run_in_executor(
+                self._tokenizing, self._runner.encode, request.prompt
+            )
         except PromptError as error:
             yield Failed(400, str(error), None, _field(request.prompt))
             return
-        if isinstance(request, TextRequest):
-            yield self._encoded(prompt)
-            return
         problem = self._problem(request, prompt)
-        if problem is not None:
-            yield problem
+        if problem is not None or isinstance(request, TextRequest):
+            yield problem or self._encoded(prompt)
             return
         queue: asyncio.Queue[Event] = asyncio.Queue()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, event)
-
-        stream = TextStream(self._runner.decode, request.sampling.stop)
-        refused = self._enqueue(_Sequence(request.id, prompt, request.sampling, stream, emit))
+        sequence = self._sequence(request, prompt, loop, queue)
+        refused = self._enqueue(sequence)
         if refused is not None:
             yield refused
             return
         try:
-            yield Started(self.model, len(prompt), self._echo(request))
+            yield Started(self.model, len(prompt), self._echo(request, prompt))
             async for event in _until_last(queue):
                 yield event
         finally:
-            self.cancel(request.id)
+            self._forget([sequence.key])
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
-            self._scheduler.remove(request_id)
-            self._sequences.pop(request_id, None)
+            keys = [key for key in self._sequences if key.rpartition("#")[0] == request_id]
+        self._forget(keys)
 
     def stats(self) -> Stats:
         with self._changed:
-            return Stats(self._scheduler.running, self._scheduler.waiting)
+            queued = sum(
+                self._scheduler.unread(key) + sequence.answer.left
+                for key, sequence in self._sequences.items()
+            )
+            return Stats(
+                self._scheduler.running,
+                self._scheduler.waiting,
+                queued_tokens=queued,
+                cache_tokens=self._scheduler.places.tokens,
+                cache_capacity=(self._runner.slots + self._runner.spare)
+                * self._runner.context_length,
+                prompt_tokens_total=self._totals[0],
+                cached_tokens_total=self._totals[1],
+                completion_tokens_total=self._totals[2],
+            )
 
     def check(self) -> None:
         if self._fault is not None or not self._thread.is_alive():
@@ -156,42 +149,56 @@ class GenerationEngine:
             self._changed.notify()
         self._tokenizing.shutdown(wait=False)
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        return prompt if isinstance(prompt, tuple) else self._runner.encode(prompt)
+    # --- at the door, on the event loop
 
-    def _encoded(self, ids: tuple[int, ...]) -> Event:
-        outside = self._outside(ids)
-        if outside is not None:
-            return outside
+    def _sequence(
+        self,
+        request: GenerationRequest,
+        prompt: tuple[int, ...],
+        loop: asyncio.AbstractEventLoop,
+        queue: asyncio.Queue[Event],
+    ) -> _Sequence:
+        asked = request.sampling
+        text = TextStream(self._runner.pieces(), asked.stop)
+        return _Sequence(
+            key=f"{request.id}#{next(self._numbers)}",
+            prompt=prompt,
+            answer=Answer(asked, text, self._runner.end),
+            drawing=Drawing(asked),
+            scored=request.echo and asked.logprobs is not None,
+            loop=loop,
+            queue=queue,
+        )
+
+    def _encoded(self, ids: tuple[int, ...]) -> Encoded:
         pieces = tuple(self._runner.piece(token)[0] for token in ids)
         return Encoded(ids, pieces, self._runner.decode(ids))
 
-    def _outside(self, ids: tuple[int, ...]) -> Failed | None:
-        outside = [token for token in ids if not 0 <= token < self._runner.vocabulary]
-        if not outside:
-            return None
-        return Failed(
-            400,
-            f"prompt holds token {outside[0]} and this model's vocabulary ends at "
-            f"{self._runner.vocabulary - 1}",
-            None,
-            "prompt",
-        )
-
-    def _echo(self, request: GenerationRequest) -> str:
+    def _echo(self, request: GenerationRequest, prompt: tuple[int, ...]) -> str:
         if not request.echo:
             return ""
-        prompt = request.prompt
-        return prompt if isinstance(prompt, str) else self._runner.decode(self._encode(prompt))
+        return request.prompt if isinstance(request.prompt, str) else self._runner.decode(prompt)
 
-    def _problem(self, request: GenerationRequest, prompt: tuple[int, ...]) -> Failed | None:
+    def _problem(
+        self, request: GenerationRequest | TextRequest, prompt: tuple[int, ...]
+    ) -> Failed | None:
         """Why a request can never be answered."""
-        limit, wanted = self._runner.context_length, request.sampling.max_tokens
+        where = _field(request.prompt)
+        vocabulary = self._runner.vocabulary
+        outside = [token for token in prompt if not 0 <= token < vocabulary]
+        if outside:
+            return Failed(
+                400,
+                f"prompt holds token {outside[0]} and this model's vocabulary ends at "
+                f"{vocabulary - 1}",
+                None,
+                where,
+            )
+        if isinstance(request, TextRequest):
+            return None
         if not prompt:
-            return Failed(400, "prompt is empty: give at least one token", None, "prompt")
-        outside = self._outside(prompt)
-        if outside is not None:
-            return outside
+            return Failed(400, "prompt is empty: give at least one token", None, where)
+        limit, wanted = self._runner.context_length, request.sampling.max_tokens
         if len(prompt) + wanted > limit:
             return Failed(
                 400,
@@ -199,7 +206,7 @@ class GenerationEngine:
                 f"{len(prompt) + wanted} tokens ({len(prompt)} in the prompt, {wanted} for the "
                 "completion): shorten the prompt or max_tokens.",
                 "context_length_exceeded",
-                _field(request.prompt),
+                where,
             )
         return None
 
@@ -207,11 +214,21 @@ class GenerationEngine:
         with self._changed:
             if self._fault is not None or self._closing:
                 return Failed(503, "the model is being replaced", "unavailable", retry_after=1)
-            if not self._scheduler.submit(sequence.id):
+            # What was taken over has no logits: a scored prompt is read as a whole.
+            if not self._scheduler.submit(sequence.key, sequence.prompt, reuse=not sequence.scored):
                 return OVERLOADED
-            self._sequences[sequence.id] = sequence
+            self._sequences[sequence.key] = sequence
+            self._totals[0] += len(sequence.prompt)
             self._changed.notify()
         return None
+
+    def _forget(self, keys: Sequence[str]) -> None:
+        with self._changed:
+            for key in keys:
+                self._scheduler.remove(key)
+                self._sequences.pop(key, None)
+
+    # --- on the engine's own thread
 
     def _work(self) -> None:
         try:
@@ -222,8 +239,8 @@ class GenerationEngine:
             with self._changed:
                 self._fault = fault
                 lost = list(self._sequences.values())
-            for sequence in lost:
-                sequence.emit(Failed(500, "the model failed on this request", "engine_fault"))
+            failed = Failed(500, "the model failed on this request", "engine_fault")
+            _deliver([(sequence, [failed]) for sequence in lost])
             raise
 
     def _wait_for_work(self) -> bool:
@@ -232,36 +249,125 @@ class GenerationEngine:
             return bool(self._sequences)
 
     def _step(self) -> None:
-        """Schedule, run, post-process: one prompt and one token for each running request."""
+        """Schedule, run, post-process."""
         with self._changed:
-            step: Step = self._scheduler.next_step()
-        for request_id in (*step.decode, step.prefill):
-            sequence = self._sequences.get(request_id or "")
-            if sequence is None:
-                continue  # cancelled since
-            unread = sequence.produced[-1:] or sequence.prompt
-            if sequence.cache is None:
-                sequence.cache = self._runner.new_cache()
-            logits = self._runner.forward(sequence.cache, unread)
-            if self._accept(sequence, choose(logits, sequence)):
-                self.cancel(sequence.id)
+            step = self._scheduler.next_step()
+            decoding = [self._sequences[key] for key in step.decode]
+            reading = [(chunk, self._sequences[chunk.request]) for chunk in step.prefill]
+            self._note_cached(step, reading)
+        for copy in step.copies:
+            self._runner.copy(copy.source, copy.target, copy.tokens)
+        if not decoding and not reading:
+            return
+        logits = self._runner.forward(
+            [self._next(row, sequence) for row, sequence in enumerate(decoding)],
+            [_chunk_feed(chunk, sequence) for chunk, sequence in reading],
+        )
+        events = self._chosen(logits[: len(decoding)], decoding)
+        at = len(decoding)
+        for chunk, sequence in reading:
+            wanted = chunk.count if sequence.scored else int(chunk.last)
+            events += self._read(logits[at : at + wanted], chunk, sequence)
+            at += wanted
+        self._forget([sequence.key for sequence, news in events if is_last(news[-1])])
+        _deliver(events)
 
-    def _accept(self, sequence: _Sequence, token: int) -> bool:
-        """Emit a token; True where it was the last one."""
-        sequence.produced.append(token)
-        count = len(sequence.produced)
-        if token in self._runner.end:
-            sequence.emit(Tokens(sequence.text.flush(), (token,)))
-            sequence.emit(Finished("stop", count))
-            return True
-        text, stopped = sequence.text.push(token)
-        out_of_tokens = count >= sequence.sampling.max_tokens
-        if out_of_tokens and not stopped:
-            text += sequence.text.flush()
-        sequence.emit(Tokens(text, (token,)))
-        if stopped or out_of_tokens:
-            sequence.emit(Finished("stop" if stopped else "length", count))
-        return stopped or out_of_tokens
+    def _note_cached(self, step: Step, reading: Sequence[tuple[Chunk, _Sequence]]) -> None:
+        begun = {copy.target: copy.tokens for copy in step.copies}
+        for chunk, sequence in reading:
+            if chunk.start and begun.get(chunk.row) == chunk.start:
+                sequence.answer.cached = chunk.start
+                self._totals[1] += chunk.start
+
+    def _next(self, row: int, sequence: _Sequence) -> Feed:
+        token = sequence.answer.produced[-1]
+        start = len(sequence.prompt) + len(sequence.answer.produced) - 1
+        self._scheduler.places.hold(sequence.key, (token,))
+        return Feed(row, start, (token,), 1)
+
+    def _read(
+        self, logits: torch.Tensor, chunk: Chunk, sequence: _Sequence
+    ) -> list[tuple[_Sequence, list[Event]]]:
+        """What follows from a chunk of a prompt: its scores, and the first token after the last."""
+        if sequence.scored:
+            self._score(logits, chunk, sequence)
+        if not chunk.last:
+            return []
+        before: list[Event] = []
+        if sequence.scored:
+            before.append(PromptScored(tuple(sequence.scores)))
+        if sequence.drawing.sampling.max_tokens == 0:
+            return [(sequence, [*before, *sequence.answer.nothing()])]
+        [(_, news)] = self._chosen(logits[-1:], [sequence])
+        return [(sequence, [*before, *news])]
+
+    def _chosen(
+        self, logits: torch.Tensor, sequences: Sequence[_Sequence]
+    ) -> list[tuple[_Sequence, list[Event]]]:
+        """The next token of each sequence, as events."""
+        if not sequences:
+            return []
+        tokens = sampling.choose(logits, [sequence.drawing for sequence in sequences])
+        entries = self._logprobs(logits, tokens, [sequence.top for sequence in sequences])
+        self._totals[2] += len(tokens)
+        events = []
+        for sequence, token, entry in zip(sequences, tokens, entries, strict=True):
+            sequence.drawing.note(token)
+            events.append((sequence, sequence.answer.accept(token, entry)))
+        return events
+
+    def _score(self, logits: torch.Tensor, chunk: Chunk, sequence: _Sequence) -> None:
+        """Each row of logits tells how likely the prompt's next token was."""
+        if not chunk.start:
+            sequence.scores.append(TokenLogprob(self._likelihood(sequence.prompt[0], None), ()))
+        following = sequence.prompt[chunk.start + 1 : chunk.start + chunk.count + 1]
+        if following:
+            rows = self._logprobs(
+                logits[: len(following)], following, [sequence.top] * len(following)
+            )
+            sequence.scores += [entry for entry in rows if entry is not None]
+
+    def _logprobs(
+        self, logits: torch.Tensor, tokens: Sequence[int], tops: Sequence[int | None]
+    ) -> list[TokenLogprob | None]:
+        """Of each row's token, where asked for."""
+        found: list[TokenLogprob | None] = [None] * len(tokens)
+        rows = [row for row, top in enumerate(tops) if top is not None]
+        if not rows:
+            return found
+        most = max(top for top in tops if top is not None)
+        scored = sampling.logprobs(logits[rows], [tokens[row] for row in rows], most)
+        for row, (own, (ids, values)) in zip(rows, scored, strict=True):
+            ranked = list(zip(ids, values, strict=True))[: tops[row]]
+            top = tuple(self._likelihood(token, value) for token, value in ranked)
+            found[row] = TokenLogprob(self._likelihood(tokens[row], own), top)
+        return found
+
+    def _likelihood(self, token: int, logprob: float | None) -> Likelihood:
+        text, raw = self._runner.piece(token)
+        return Likelihood(token, text, raw, logprob)
+
+
+def _chunk_feed(chunk: Chunk, sequence: _Sequence) -> Feed:
+    tokens = sequence.prompt[chunk.start : chunk.start + chunk.count]
+    return Feed(chunk.row, chunk.start, tokens, chunk.count if sequence.scored else int(chunk.last))
+
+
+def _deliver(events: Sequence[tuple[_Sequence, Sequence[Event]]]) -> None:
+    """Hand all events of a step over at once: waking an event loop costs more than an event."""
+    loops = {sequence.loop for sequence, _ in events}
+    for loop in loops:
+        batch = [(s.queue, event) for s, news in events if s.loop is loop for event in news]
+        try:
+            loop.call_soon_threadsafe(_put, batch)
+        except RuntimeError:
+            # The loop was closed with requests still running: nobody listens any more.
+            continue
+
+
+def _put(batch: Sequence[tuple[asyncio.Queue[Event], Event]]) -> None:
+    for queue, event in batch:
+        queue.put_nowait(event)
 
 
 def _field(prompt: Prompt) -> str:
@@ -273,88 +379,14 @@ async def _until_last(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
     """Events in order; tokens that a slow reader has let pile up come as one."""
     while True:
         event = await queue.get()
+        piled: list[Tokens] = []
         while isinstance(event, Tokens) and not queue.empty():
-            following = queue.get_nowait()
-            if isinstance(following, Tokens):
-                event = Tokens(event.text + following.text, event.ids + following.ids)
-            else:
-                yield event
-                event = following
+            piled.append(event)
+            event = queue.get_nowait()
+        if piled and not isinstance(event, Tokens):
+            yield merged(piled)
+        elif piled and isinstance(event, Tokens):
+            event = merged([*piled, event])
         yield event
         if is_last(event):
             return
-
-
-def choose(logits: torch.Tensor, sequence: _Sequence) -> int:
-    """The next token from logits [vocabulary]."""
-    sampling = sequence.sampling
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    if sequence.generator is None:
-        sequence.generator = _generator(sampling.seed)
-    return draw(logits, sampling, sequence.generator)
-
-
-def draw(logits: torch.Tensor, sampling: SamplingParameters, generator: torch.Generator) -> int:
-    """Sample from softmax(logits / temperature), cut to the top k, then to the top p.
-
-    The nucleus is the smallest set of likeliest tokens with at least `top_p` of the probability
-    (Holtzman et al. 2020); the likeliest token always remains.
-    """
-    import torch
-
-    count = min(sampling.top_k or logits.numel(), logits.numel())
-    values, tokens = logits.cpu().topk(count)
-    # The largest becomes 0 before the division, so that a tiny temperature cannot overflow.
-    probabilities = torch.softmax((values - values[0]) / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities * (before < max(sampling.top_p, 1e-9))
-    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    import torch
-
-    # manual_seed takes 64 bits; a request without a seed gets one that nobody can guess.
-    chosen = secrets.randbits(63) if seed is None else seed
-    return torch.Generator().manual_seed(chosen)
-
-
-class CausalRunner:
-    """A published causal language model, in fp32 on a CPU or its own precision on a GPU."""
-
-    def __init__(self, folder: Path, context_length: int) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = Tokenizer(folder)
-        self.encode, self.decode, self.piece = tokenizer.encode, tokenizer.decode, tokenizer.piece
-        dtype: Any = "auto" if self._device.type == "cuda" else torch.float32
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        self._model = model.to(self._device).eval()
-        self._last_only: dict[str, Any] = (
-            {"logits_to_keep": 1}
-            if "logits_to_keep" in inspect.signature(model.forward).parameters
-            else {}
-        )
-        self.context_length = context_length
-        self.vocabulary = int(model.config.vocab_size)
-        ends = model.generation_config.eos_token_id
-        self.end = frozenset([ends] if isinstance(ends, int) else ends or [])
-
-    def new_cache(self) -> Any:
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self._model.config)
-
-    def forward(self, cache: Any, tokens: Sequence[int]) -> torch.Tensor:
-        import torch
-
-        with torch.inference_mode():
-            ids = torch.tensor([list(tokens)], device=self._device)
-            answer = self._model(
-                input_ids=ids, past_key_values=cache, use_cache=True, **self._last_only
-            )
-            return answer.logits[0, -1].float()

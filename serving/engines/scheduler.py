@@ -1,55 +1,169 @@
 """Which requests run and what the next step does. Pure: ids in, ids out; no torch, no threads."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from serving.engines.places import Copy, Places
+
+ALONE = 512
+"""Prompt tokens that a step reads when no request waits for its next token."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The part of a prompt that one step reads."""
+
+    request: str
+    row: int
+    start: int
+    count: int
+    last: bool
+    """The prompt ends with it: the first token of the answer follows."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One round of the engine."""
+    """One round of the engine. The copies come first, in order."""
 
-    prefill: str | None
-    """Request that joins: its whole prompt is read."""
+    copies: tuple[Copy, ...]
+    prefill: tuple[Chunk, ...]
     decode: tuple[str, ...]
-    """Running requests that get one token each, oldest first."""
+    """Requests that get one token each; the first lies in row 0, and so on."""
+
+
+@dataclass
+class _Reading:
+    """How far a request's prompt is read."""
+
+    prompt: Sequence[int]
+    reuse: bool
+    read: int = 0
+    cached: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.read == len(self.prompt)
 
 
 class Scheduler:
-    """First come, first served, over a fixed number of slots and a bounded queue."""
+    """First come, first served, over a fixed number of slots and a bounded queue.
 
-    def __init__(self, slots: int, max_waiting: int) -> None:
+    A long prompt is read in chunks, one a step, beside the requests that run; at most one prompt is
+    half read at a time, and lies in the row behind those that run.
+
+    Args:
+        chunk: most prompt tokens that a step reads beside running requests; None reads every
+            prompt in one piece, one a step.
+    """
+
+    def __init__(
+        self, slots: int, max_waiting: int, *, chunk: int | None = None, prefixes: int = 0
+    ) -> None:
         self._slots = slots
         self._max_waiting = max_waiting
+        self._chunk = chunk
         self._waiting: deque[str] = deque()
-        self._running: dict[str, None] = {}
+        self._readings: dict[str, _Reading] = {}
+        self._leaving: list[str] = []
+        self.places = Places(slots, prefixes)
 
     @property
     def running(self) -> int:
-        return len(self._running)
+        return len(self.places.order) - len(self._leaving)
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def submit(self, request_id: str) -> bool:
-        """Take a request; False where all slots and the whole queue are taken."""
+    def submit(self, request_id: str, prompt: Sequence[int] = (0,), *, reuse: bool = True) -> bool:
+        """Take a request; False where all slots and the whole queue are taken.
+
+        Args:
+            reuse: whether what another request has read of the same beginning may be taken over.
+        """
         if self.running + self.waiting >= self._slots + self._max_waiting:
             return False
+        self._readings[request_id] = _Reading(prompt, reuse and self._chunk is not None)
         self._waiting.append(request_id)
         return True
 
     def remove(self, request_id: str) -> None:
-        """A request has finished or was cancelled."""
-        if request_id in self._running:
-            del self._running[request_id]
-        elif request_id in self._waiting:
+        """A request has finished or was cancelled; its row is free from the next step on."""
+        if self._readings.pop(request_id, None) is None:
+            return
+        if request_id in self._waiting:
             self._waiting.remove(request_id)
+        else:
+            self._leaving.append(request_id)
+
+    def unread(self, request_id: str) -> int:
+        """Prompt tokens that are still to be read."""
+        reading = self._readings[request_id]
+        return len(reading.prompt) - reading.read
+
+    def cached(self, request_id: str) -> int:
+        """Prompt tokens that were taken over and not read."""
+        return self._readings[request_id].cached
 
     def next_step(self) -> Step:
-        """At most one request joins per step, so that a burst does not stall those that run."""
-        decode = tuple(self._running)
-        if not self._waiting or self.running >= self._slots:
-            return Step(None, decode)
-        joining = self._waiting.popleft()
-        self._running[joining] = None
-        return Step(joining, decode)
+        copies = self._leave()
+        decode = tuple(r for r in self.places.order if self._readings[r].done)
+        prefill: list[Chunk] = []
+        budget = self._budget(bool(decode))
+        for request_id in self.places.order[len(decode) :]:
+            prefill.append(self._read(request_id, budget))
+        while self._may_begin(prefill, budget):
+            request_id = self._waiting.popleft()
+            copies += self._admit(request_id)
+            left = None if budget is None else budget - sum(chunk.count for chunk in prefill)
+            prefill.append(self._read(request_id, left))
+        for chunk in prefill:
+            prompt = self._readings[chunk.request].prompt
+            self.places.hold(chunk.request, prompt[chunk.start : chunk.start + chunk.count])
+        return Step(tuple(copies), tuple(prefill), decode)
+
+    def _leave(self) -> list[Copy]:
+        half_read = [
+            r for r, reading in self._readings.items() if reading.read > 0 and not reading.done
+        ]
+        behind = half_read[0] if half_read else None
+        copies = [copy for r in self._leaving for copy in self.places.leave(r, behind)]
+        self._leaving.clear()
+        return copies
+
+    def _may_begin(self, prefill: Sequence[Chunk], budget: int | None) -> bool:
+        """Whether one more prompt is begun in this step."""
+        if not self._waiting or len(self.places.order) == self._slots:
+            return False
+        if budget is None:
+            return not prefill
+        if sum(chunk.count for chunk in prefill) >= budget:
+            return False
+        # One that begins like a prompt of this very step takes over from it in the next one.
+        following = self._readings[self._waiting[0]]
+        begun = [
+            self._readings[chunk.request].prompt[: chunk.start + chunk.count] for chunk in prefill
+        ]
+        return not following.reuse or not self.places.gains(following.prompt, begun)
+
+    def _budget(self, beside_others: bool) -> int | None:
+        if self._chunk is None:
+            return None
+        return self._chunk if beside_others else max(self._chunk, ALONE)
+
+    def _admit(self, request_id: str) -> list[Copy]:
+        reading = self._readings[request_id]
+        copy = self.places.take(request_id, reading.prompt, reuse=reading.reuse)
+        if copy is None:
+            return []
+        reading.read = reading.cached = copy.tokens
+        return [copy]
+
+    def _read(self, request_id: str, budget: int | None) -> Chunk:
+        reading = self._readings[request_id]
+        missing = len(reading.prompt) - reading.read
+        count = missing if budget is None else min(missing, budget)
+        start, row = reading.read, self.places.order.index(request_id)
+        reading.read += count
+        return Chunk(request_id, row, start, count, reading.done)

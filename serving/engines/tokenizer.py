@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.engines.base import Chat, Prompt
+from serving.engines.text import BytePieces, DecodedPieces, Pieces
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How vocabularies of whole characters write a byte that is in none of them."""
@@ -48,6 +49,12 @@ class Tokenizer:
         return self._tokenizer.decode(
             list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+    def pieces(self) -> Pieces:
+        """What decodes one answer while it comes, to the same text as `decode`."""
+        if self._bytes:
+            return BytePieces(lambda t: b"" if t in self._special else self.piece(t)[1])
+        return DecodedPieces(self.decode)
 
     def piece(self, token: int) -> tuple[str, bytes]:
         """A token's own text and bytes; a special token's are its name."""

@@ -1,0 +1,58 @@
+"""The runner of the fast path: a Llama-type model over its static cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serving.engines.general import ends
+from serving.engines.linear import Kind, Precision
+from serving.engines.llama import LlamaStep, Shape, fold
+from serving.engines.runner import Feed
+from serving.engines.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 64
+"""Prompt tokens that a step reads beside running requests. Measured: 64 to 128 cost the joining
+prompt up to 60 % of its time to first token, and cut the others' longest pause 3 to 6 times."""
+
+
+class FastRunner:
+    """See `runner.Runner`.
+
+    Args:
+        model: of Hugging Face; no longer needed afterwards.
+        length: tokens that each row of the cache holds.
+        spare: rows that keep prefixes.
+    """
+
+    chunk: int | None = CHUNK
+
+    def __init__(
+        self,
+        model: Any,
+        folder: Path,
+        *,
+        slots: int,
+        length: int,
+        spare: int,
+        kind: Kind,
+        precision: Precision,
+    ) -> None:
+        tokenizer = Tokenizer(folder)
+        self.encode, self.decode = tokenizer.encode, tokenizer.decode
+        self.piece, self.pieces = tokenizer.piece, tokenizer.pieces
+        shape = Shape.of(model.config)
+        weights = fold(model, length, kind, precision)
+        self._step = LlamaStep(shape, weights, slots + spare, length)
+        self.slots, self.spare, self.context_length = slots, spare, length
+        self.vocabulary, self.end = shape.vocabulary, ends(model)
+        self.precision: Precision = precision
+        self.cache_bytes = self._step.cache.nbytes
+        self.copy = self._step.copy
+
+    def forward(self, decode: Sequence[Feed], prompts: Sequence[Feed]) -> torch.Tensor:
+        return self._step(decode, prompts)

@@ -1,0 +1,166 @@
+"""A published language model, opened with the runner that suits it and this machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cluster.errors import ServingError
+from serving.engines import parity
+from serving.engines.fast import FastRunner
+from serving.engines.general import GeneralRunner
+from serving.engines.generation import GenerationEngine
+from serving.engines.linear import SAME, Int8, Kind, Packed, Plain, Precision, converted, seconds
+from serving.engines.llama import Shape, fits
+from serving.engines.runner import Runner
+
+Asked = Literal["auto", "fp32", "bf16", "int8"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a language model is served."""
+
+    slots: int
+    """Requests that run at once."""
+    max_waiting: int = 0
+    threads: int = 1
+    context: int | None = None
+    """Most tokens of prompt and answer; None for all that the model can."""
+    prefixes: int = 4
+    """Beginnings of prompts that are kept for those that begin alike."""
+    precision: Asked = "auto"
+    """auto is exact: fp32 on a CPU, the published precision on a GPU."""
+    fast: bool = True
+    """Whether the fast path is taken where the model fits it."""
+
+
+def open_generation(
+    model: str,
+    folder: Path,
+    options: Options,
+    *,
+    context_length: int,
+    records: Sequence[Mapping[str, Any]] = (),
+) -> GenerationEngine:
+    """The engine of a published folder, proved against what publishing recorded.
+
+    Args:
+        model: id of the artifact.
+        context_length: that the model was made for.
+        records: see `parity.check`.
+
+    Raises:
+        ServingError: if the model does not answer as it did when it was published.
+    """
+    torch_threads(options.threads)
+    runner = open_runner(folder, context_length, options)
+    try:
+        parity.check(model, runner, records)
+    except ServingError:
+        if options.precision in ("auto", "fp32") or runner.precision == "fp32":
+            raise
+        log.warning("%s of %s leaves the bounds: fp32 it is", runner.precision, model)
+        runner = open_runner(folder, context_length, replace(options, precision="fp32"))
+        parity.check(model, runner, records)
+    if not records:
+        log.warning("%s was published without prompts to replay: it is served unproved", model)
+    return GenerationEngine(model, runner, max_waiting=options.max_waiting)
+
+
+def torch_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def open_runner(folder: Path, context_length: int, options: Options) -> Runner:
+    """Load a published folder.
+
+    Args:
+        context_length: that the model was made for.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if options.precision not in get_args(Asked):
+        raise ValueError(f"precision {options.precision}: give one of {', '.join(get_args(Asked))}")
+    gpu = torch.cuda.is_available()
+    dtype: Any = "auto" if gpu else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model = model.to("cuda" if gpu else "cpu").eval()
+    length = min(context_length, options.context or context_length)
+    if not options.fast or not fits(model.config):
+        log.warning("general path: %d sequences x %d tokens at most", options.slots, length)
+        return GeneralRunner(model, folder, slots=options.slots, length=length)
+    precision, kind = _held_as(model, options, gpu)
+    runner = FastRunner(
+        model,
+        folder,
+        slots=options.slots,
+        length=length,
+        spare=options.prefixes,
+        kind=kind,
+        precision=precision,
+    )
+    log.warning(
+        "fast path, %s (%s): cache of %d sequences and %d prefixes x %d tokens, %.2f GB at most",
+        precision, kind.__name__, options.slots, options.prefixes, length, runner.cache_bytes / 1e9,
+    )  # fmt: skip
+    return runner
+
+
+def _held_as(model: Any, options: Options, gpu: bool) -> tuple[Precision, Kind]:
+    import torch
+
+    if gpu:
+        wanted = options.precision if options.precision in ("fp32", "bf16") else None
+        published: Precision = "fp32" if model.dtype == torch.float32 else "bf16"
+        return wanted or published, Plain
+    precision: Precision = "fp32" if options.precision == "auto" else options.precision
+    return choose_kind(Shape.of(model.config), precision)
+
+
+def choose_kind(shape: Shape, precision: Precision) -> tuple[Precision, Kind]:
+    """What holds the weights on this machine: right first, then fast.
+
+    A way counts only if a product of the model's size comes out right; a lower precision only if
+    it is faster than fp32 at one of the probed batch sizes or more.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    weight = torch.randn(4 * shape.hidden, shape.hidden) * shape.hidden**-0.5
+    times: dict[tuple[Precision, Kind], list[float]] = {}
+    candidates: list[tuple[Precision, Kind]] = [("fp32", Packed), ("fp32", Plain)]
+    if precision != "fp32":
+        candidates += [(precision, Int8)] if precision == "int8" else [("bf16", Packed)]
+    for held, kind in candidates:
+        linear = _checked(kind, weight, held)
+        if linear is not None:
+            times[held, kind] = seconds(linear, shape.hidden)
+    exact = min((pair for pair in times if pair[0] == "fp32"), key=lambda pair: sum(times[pair]))
+    lower = [pair for pair in times if pair[0] != "fp32" and sum(times[pair]) < sum(times[exact])]
+    if precision != "fp32" and not lower:
+        log.warning("%s is not faster than fp32 on this machine: fp32 it is", precision)
+    return lower[0] if lower else exact
+
+
+def _checked(kind: Kind, weight: Any, precision: Precision) -> Any:
+    """The product, if the operator is there and right."""
+    import torch
+
+    with torch.inference_mode():
+        x = torch.randn(8, weight.shape[1])
+        exact = torch.nn.functional.linear(x, weight)
+        try:
+            linear = kind(converted(weight, precision), None)
+            apart = float((linear(x) - exact).abs().max() / exact.abs().max())
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            log.info("%s does not run here: %s", kind.__name__, error)
+            return None
+    return linear if apart <= SAME[precision] else None

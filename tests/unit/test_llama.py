@@ -1,0 +1,163 @@
+"""The fast path against the models' own code, and the ways to hold weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from serving.engines.fast import FastRunner
+from serving.engines.linear import SAME, Int8, Packed, Plain, converted
+from serving.engines.llama import Shape, fits
+from serving.engines.loading import Options, choose_kind, open_runner
+from serving.engines.runner import Feed
+from tests import tiny_model
+
+SIZE: dict[str, Any] = {
+    "vocab_size": 257,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+
+
+def config(kind: str, **more: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, f"{kind}Config")(**(SIZE | more))
+
+
+CONFIGS = {
+    "llama": lambda: config("Llama"),
+    "biases": lambda: config("Llama", attention_bias=True, mlp_bias=True),
+    "wide heads": lambda: config("Llama", head_dim=16),
+    "tied": lambda: config("Llama", tie_word_embeddings=True),
+    "llama3 rope": lambda: config(
+        "Llama",
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "mistral": lambda: config("Mistral", sliding_window=None),
+    "qwen2": lambda: config("Qwen2"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_model.write(path)
+    return path
+
+
+def runner_of(model: Any, folder: Path, kind: Any = Plain, precision: Any = "fp32") -> FastRunner:
+    return FastRunner(model, folder, slots=2, length=128, spare=0, kind=kind, precision=precision)
+
+
+def logits_of(runner: FastRunner, ids: list[int]) -> torch.Tensor:
+    """In two chunks, beside another request that decodes."""
+    runner.forward([], [Feed(0, 0, [1, 2], 0)])
+    first = runner.forward([Feed(0, 2, [3], 1)], [Feed(1, 0, ids[:20], 20)])[1:]
+    rest = runner.forward([Feed(0, 3, [4], 1)], [Feed(1, 20, ids[20:-1], len(ids) - 21)])[1:]
+    last = runner.forward([Feed(0, 4, [5], 1), Feed(1, len(ids) - 1, ids[-1:], 1)], [])[1:]
+    return torch.cat([first, rest, last])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", [Plain, Packed])
+def test_logits_are_those_of_the_models_own_code(name: str, kind: Any, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases are 0 and norm weights 1 at the start
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    assert fits(model.config)
+    ids = torch.randint(0, 256, (50,)).tolist()
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0]
+    found = logits_of(runner_of(model, folder, kind), ids)
+    assert float((found - expected).abs().max() / expected.std()) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [
+        lambda: config("Mistral", sliding_window=16),
+        lambda: config("Llama", hidden_act="gelu"),
+        lambda: config(
+            "Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+        ),
+        lambda: config("Qwen3"),
+        lambda: config("Qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0),
+    ],
+)  # fmt: skip
+def test_what_this_code_does_not_compute_is_left_to_the_models_own(unfit: Any) -> None:
+    assert not fits(unfit())
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [(Plain, "fp32"), (Packed, "fp32"), (Plain, "bf16"), (Packed, "bf16"), (Int8, "int8")],
+)
+def test_products_and_what_is_fused_with_them_are_right(kind: Any, precision: Any) -> None:
+    torch.manual_seed(0)
+    x, other = torch.randn(5, 48), torch.randn(5, 80)
+    weight, up, bias = torch.randn(80, 48), torch.randn(80, 48), torch.randn(80)
+    held = bias.bfloat16() if precision == "bf16" else bias
+    with torch.inference_mode():
+        one = kind(converted(weight, precision), held)
+        two = kind(converted(up, precision), None)
+        exact = x @ weight.T + bias
+        gated = torch.nn.functional.silu(exact) * (x @ up.T)
+        for found, expected in (
+            (one(x), exact),
+            (one.plus(x, other), exact + other),
+            (one.gated(x, two), gated),
+        ):
+            apart = (found.float() - expected).abs().max() / expected.abs().max()
+            assert float(apart) < SAME[precision]
+        assert one(x).dtype == one.plus(x, other).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"), [(Plain, "fp32"), (Packed, "fp32"), (Packed, "bf16"), (Int8, "int8")]
+)
+def test_a_reply_does_not_depend_on_its_neighbours(kind: Any, precision: Any, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    quiet, loud = (runner_of(model, folder, kind, precision) for _ in range(2))
+    for runner, others in ((quiet, [1, 1, 1]), (loud, [200, 9, 77])):
+        runner.forward([], [Feed(0, 0, [5, 6, 7], 0), Feed(1, 0, others, 0)])
+    for step in range(5):
+        rows = [
+            runner.forward([Feed(0, 3 + step, [8], 1), Feed(1, 3 + step, [token], 1)], [])[0]
+            for runner, token in ((quiet, 1), (loud, 250))
+        ]
+        assert torch.equal(*rows)
+
+
+def test_the_weights_are_held_by_what_is_right_and_fast_here(folder: Path) -> None:
+    shape = Shape(2, 4, 4, 64, 256, 1e-5, 512)
+    assert choose_kind(shape, "fp32")[0] == "fp32"
+    assert choose_kind(shape, "bf16")[0] in ("bf16", "fp32")
+    with pytest.raises(ValueError, match="fp64"):
+        open_runner(folder, 128, Options(slots=1, precision="fp64"))  # type: ignore[arg-type]
+
+
+def test_the_cache_is_bounded_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runner = open_runner(folder, 128, Options(slots=3, prefixes=2, context=64))
+    assert runner.context_length == 64
+    assert "cache of 3 sequences and 2 prefixes x 64 tokens" in caplog.text
