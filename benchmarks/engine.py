@@ -1,10 +1,12 @@
 """Tokens per second of our engine, in process, against `generate` and llama.cpp.
 
-The same random weights everywhere, the same prompts, greedy, one process for each engine, two
-threads, taking turns; every ratio is between turns that followed each other. Rates are of a whole
-job, prompts included.
+The same random weights everywhere, the same prompts, greedy, one process for each engine, taking
+turns; every ratio is between turns that followed each other. Rates are of a whole job, prompts
+included. On a machine that is not quiet take `--threads 1 --clock cpu`: processor time does not
+count what others took, and one thread never spins waiting for another.
 
     python benchmarks/engine.py [--sizes 10m,90m] [--rounds 3] [--precisions fp32,bf16,int8]
+                                [--threads 2] [--clock wall]
 
 llama.cpp takes part where `xllamacpp` and `gguf` can be imported (see requirements.txt); PEERS may
 name a folder that holds them.
@@ -62,7 +64,7 @@ class Side:
 
 
 def measure(
-    size: str, precisions: list[str], rounds: int, threads: int, kinds: list[str]
+    size: str, precisions: list[str], rounds: int, threads: int, kinds: list[str], clock: str
 ) -> dict[str, float]:
     rng, new = random.Random(0), NEW[size]
     rates: dict[tuple[str, int], list[float]] = {}
@@ -74,10 +76,12 @@ def measure(
         for kind, precision in pairs:
             if kind == "llama.cpp":
                 write_gguf(folder, folder / f"{precision}.gguf", precision)
-        sides = [Side(kind, precision, folder, threads) for kind, precision in pairs]
+        sides: list[Side] = []
         try:
-            for side in sides:
-                print(f"{size} {side.name}: ready {side.said()['ready']}", flush=True)
+            for kind, precision in pairs:
+                sides.append(Side(kind, precision, folder, threads))
+                # One after the other: loading is timed too.
+                print(f"{size} {sides[-1].name}: ready {sides[-1].said()['ready']}", flush=True)
             for number in range(rounds):
                 for clients in CLIENTS:
                     prompts = [
@@ -86,8 +90,9 @@ def measure(
                     firsts = set()
                     for side in sides if number % 2 else sides[::-1]:
                         turn = side.turn(prompts, new)
-                        rate = clients * new / turn["seconds"]
+                        rate = clients * new / turn[clock]
                         rates.setdefault((side.name, clients), []).append(rate)
+                        print(f"{size} {clients:>2} {side.name:<16} {rate:8.0f}", flush=True)
                         if side.name in ("ours fp32", "generate fp32"):
                             firsts.add(tuple(turn["first"]))
                     assert len(firsts) <= 1, "greedy output differs"
@@ -121,12 +126,13 @@ def main() -> None:
     parser.add_argument("--kinds", default="generate,ours,llama.cpp")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     asked = parser.parse_args()
     sys.path += filter(None, [os.environ.get("PEERS")])
     found: dict[str, float] = {}
     for size in asked.sizes.split(","):
         precisions, kinds = asked.precisions.split(","), asked.kinds.split(",")
-        found |= measure(size, precisions, asked.rounds, asked.threads, kinds)
+        found |= measure(size, precisions, asked.rounds, asked.threads, kinds, asked.clock)
     print(json.dumps({"figures": found}))
 
 

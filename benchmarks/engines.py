@@ -5,7 +5,8 @@
     llama.cpp  the server of llama.cpp in process (xllamacpp), as many slots as requests
 
 A turn is a line of JSON in: `prompts` (token ids) and `new` (tokens of each answer); and one out:
-`seconds` from the first prompt to the last token, and the tokens of the first answer.
+seconds from the first prompt to the last token, by the clock (`wall`) and of the processor (`cpu`),
+and the tokens of the `first` answer.
 """
 
 import asyncio
@@ -116,10 +117,10 @@ def main(kind: str, precision: str, folder: str, threads: str) -> None:
     print(json.dumps({"ready": getattr(engine, "ready", None)}), file=out, flush=True)
     for line in sys.stdin:
         turn = json.loads(line)
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), time.process_time()
         answers = engine.answers(turn["prompts"], turn["new"])
-        seconds = time.perf_counter() - began
-        print(json.dumps({"seconds": seconds, "first": answers[0]}), file=out, flush=True)
+        wall, cpu = time.perf_counter() - began, time.process_time() - spent
+        print(json.dumps({"wall": wall, "cpu": cpu, "first": answers[0]}), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def application(
                 "slots": config.max_concurrent,
                 "max_waiting": config.max_waiting,
                 "threads": config.threads_per_replica,
+                **config.engine.model_dump(),
             },
         },
         "deployments": [

@@ -43,6 +43,7 @@ class TableRunner:
 
     context_length, vocabulary, end = 256, 257, frozenset([256])
     precision: Precision = "fp32"
+    constant = False
 
     def __init__(self, slots: int = 4, spare: int = 2, chunk: int | None = 16) -> None:
         self.slots, self.spare, self.chunk = slots, spare, chunk

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from cluster.config.base import OPERATIONAL, Positive, Section
+from cluster.config.engine import EngineSection
 
 
 class StorageSection(Section):
@@ -63,3 +64,5 @@ class ServeSection(Section):
     """Largest `max_tokens` that a request may ask for."""
     deadline_seconds: Annotated[float, OPERATIONAL, Field(gt=0, le=86_400)] = 60.0
     """Time in which a request must be answered, queueing included."""
+    engine: EngineSection = EngineSection()
+    """How a replica of a language model computes."""

@@ -30,6 +30,7 @@ class GeneralRunner:
 
     spare = 0
     chunk: int | None = None
+    constant = True
 
     def __init__(self, model: Any, folder: Path, *, slots: int, length: int) -> None:
         tokenizer = Tokenizer(folder)

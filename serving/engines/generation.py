@@ -36,7 +36,7 @@ from serving.engines.base import (
 )
 from serving.engines.runner import Feed, Runner
 from serving.engines.sampling import Drawing
-from serving.engines.scheduler import Chunk, Scheduler, Step
+from serving.engines.scheduler import Chunk, Scheduler
 from serving.engines.text import TextStream
 from serving.engines.tokenizer import PromptError
 
@@ -76,7 +76,11 @@ class GenerationEngine:
         self.model = model
         self._runner = runner
         self._scheduler = Scheduler(
-            runner.slots, max_waiting, chunk=runner.chunk, prefixes=runner.spare
+            runner.slots,
+            max_waiting,
+            chunk=runner.chunk,
+            prefixes=runner.spare,
+            aligned=runner.constant,
         )
         self._sequences: dict[str, _Sequence] = {}
         self._numbers = itertools.count()
@@ -254,7 +258,7 @@ class GenerationEngine:
             step = self._scheduler.next_step()
             decoding = [self._sequences[key] for key in step.decode]
             reading = [(chunk, self._sequences[chunk.request]) for chunk in step.prefill]
-            self._note_cached(step, reading)
+            self._note_cached(reading)
         for copy in step.copies:
             self._runner.copy(copy.source, copy.target, copy.tokens)
         if not decoding and not reading:
@@ -272,12 +276,12 @@ class GenerationEngine:
         self._forget([sequence.key for sequence, news in events if is_last(news[-1])])
         _deliver(events)
 
-    def _note_cached(self, step: Step, reading: Sequence[tuple[Chunk, _Sequence]]) -> None:
-        begun = {copy.target: copy.tokens for copy in step.copies}
+    def _note_cached(self, reading: Sequence[tuple[Chunk, _Sequence]]) -> None:
         for chunk, sequence in reading:
-            if chunk.start and begun.get(chunk.row) == chunk.start:
-                sequence.answer.cached = chunk.start
-                self._totals[1] += chunk.start
+            cached = self._scheduler.cached(chunk.request)
+            if cached and chunk.start == cached:  # its first chunk
+                sequence.answer.cached = cached
+                self._totals[1] += cached
 
     def _next(self, row: int, sequence: _Sequence) -> Feed:
         token = sequence.answer.produced[-1]

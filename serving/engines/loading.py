@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ class Options:
     """Beginnings of prompts that are kept for those that begin alike."""
     precision: Asked = "auto"
     """auto is exact: fp32 on a CPU, the published precision on a GPU."""
+    constant_shape: bool = False
+    """Same seed, same text, whoever else is served: see `FastRunner`; keeps no prefixes."""
     fast: bool = True
     """Whether the fast path is taken where the model fits it."""
 
@@ -103,13 +106,14 @@ def open_runner(folder: Path, context_length: int, options: Options) -> Runner:
         folder,
         slots=options.slots,
         length=length,
-        spare=options.prefixes,
+        spare=0 if options.constant_shape else options.prefixes,
         kind=kind,
         precision=precision,
+        constant=options.constant_shape,
     )
     log.warning(
         "fast path, %s (%s): cache of %d sequences and %d prefixes x %d tokens, %.2f GB at most",
-        precision, kind.__name__, options.slots, options.prefixes, length, runner.cache_bytes / 1e9,
+        precision, kind.__name__, runner.slots, runner.spare, length, runner.cache_bytes / 1e9,
     )  # fmt: skip
     return runner
 
@@ -143,7 +147,10 @@ def choose_kind(shape: Shape, precision: Precision) -> tuple[Precision, Kind]:
         linear = _checked(kind, weight, held)
         if linear is not None:
             times[held, kind] = seconds(linear, shape.hidden)
-    exact = min((pair for pair in times if pair[0] == "fp32"), key=lambda pair: sum(times[pair]))
+    plain = times["fp32", Plain]
+    packed = times.get(("fp32", Packed), [math.inf])
+    # What other processes do at this moment must not decide between equals.
+    exact: tuple[Precision, Kind] = ("fp32", Packed if sum(packed) < 1.2 * sum(plain) else Plain)
     lower = [pair for pair in times if pair[0] != "fp32" and sum(times[pair]) < sum(times[exact])]
     if precision != "fp32" and not lower:
         log.warning("%s is not faster than fp32 on this machine: fp32 it is", precision)

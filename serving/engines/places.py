@@ -58,14 +58,16 @@ class Places:
         """The request's row holds these too from this step on."""
         self._held[request] += tokens
 
-    def leave(self, request: str, behind: str | None = None) -> list[Copy]:
+    def leave(self, request: str, behind: str | None = None, *, followed_by: int = 0) -> list[Copy]:
         """Free a row: keep what it holds in a spare one, and fill the gap.
 
         Args:
             behind: a request that must stay behind all others.
+            followed_by: requests that leave in the same step; where they fill all spare rows,
+                nothing is kept for them to overwrite.
         """
         row, held = self.order.index(request), self._held.pop(request)
-        copies = self._keep(row, held)
+        copies = self._keep(row, held) if followed_by < len(self._spare) else []
         if self.order[-1] == behind != request:
             copies += self._fill(row, len(self.order) - 2)
             row = len(self.order) - 2

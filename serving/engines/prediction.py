@@ -5,12 +5,14 @@ under load the batches grow by themselves.
 """
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.errors import ServingError
 from pipelines.families.base import Predictor
 from serving.engines.base import (
     OVERLOADED,
@@ -22,7 +24,11 @@ from serving.engines.base import (
     Stats,
 )
 
-Answer = dict[str, Any] | ValueError
+log = logging.getLogger(__name__)
+FAULTS = 3
+"""Batches that fail one after the other until the engine counts as broken. A single one may be an
+input that the predictor cannot take: it must not cost a replica."""
+Answer = dict[str, Any] | Exception
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class PredictionEngine:
         self._max_waiting = max_waiting
         self._pending: deque[_Item] = deque()
         self._running = 0
+        self._faults = 0
         self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prediction")
 
@@ -77,7 +84,8 @@ class PredictionEngine:
         return Stats(self._running, len(self._pending))
 
     def check(self) -> None:
-        """A predictor that fails answers with an error each time; the engine itself goes on."""
+        if self._faults >= FAULTS:
+            raise ServingError(f"{self.model} failed on {self._faults} batches in a row")
 
     def close(self) -> None:
         self._thread.shutdown(wait=False)
@@ -90,15 +98,12 @@ class PredictionEngine:
             ]
             self._running = len(batch)
             values = [item.value for item in batch]
-            try:
-                answers = await loop.run_in_executor(self._thread, self._predict, values)
-            except Exception as fault:
-                for item in batch:
-                    _resolve(item.answer, fault)
-                self._worker, self._running = None, 0
-                raise
+            answers = await loop.run_in_executor(self._thread, self._predict, values)
+            failed = [answer for answer in answers if _is_fault(answer)]
+            self._faults = self._faults + 1 if failed else 0
             for item, answer in zip(batch, answers, strict=True):
-                _resolve(item.answer, answer)
+                if not item.answer.done():
+                    item.answer.set_result(answer)
         self._worker, self._running = None, 0
 
     def _predict(self, values: Sequence[Any]) -> Sequence[Answer]:
@@ -106,22 +111,24 @@ class PredictionEngine:
         try:
             return self._predictor.predict(values)
         except ValueError as error:
-            if len(values) == 1:
-                return [error]
-            return [self._predict([value])[0] for value in values]
+            refused: Exception = error
+        except Exception as fault:
+            # The thread's border: the fault goes to its caller, and to the health check.
+            log.exception("%s failed on a batch of %d", self.model, len(values))
+            refused = fault
+        if len(values) == 1:
+            return [refused]
+        return [self._predict([value])[0] for value in values]
 
 
-def _resolve(future: asyncio.Future[Answer], outcome: Answer | Exception) -> None:
-    if future.done():
-        return
-    if isinstance(outcome, dict | ValueError):
-        future.set_result(outcome)
-    else:
-        future.set_exception(outcome)
+def _is_fault(answer: Answer) -> bool:
+    return isinstance(answer, Exception) and not isinstance(answer, ValueError)
 
 
 def _outcome(answers: Sequence[Answer]) -> Event:
     for index, answer in enumerate(answers):
+        if _is_fault(answer):
+            return Failed(500, f"the model failed on inputs[{index}]", "engine_fault", "inputs")
         if isinstance(answer, ValueError):
             # It was asked alone, as input 0.
             reason = str(answer).removeprefix("input 0: ")

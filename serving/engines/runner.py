@@ -39,6 +39,8 @@ class Runner(Protocol):
     """Rows behind them, which keep prefixes; 0 where rows cannot be copied in part."""
     chunk: int | None
     """Prompt tokens to read beside running requests; None where a prompt is read in one piece."""
+    constant: bool
+    """Whether what is computed for a request has the same shape whatever runs beside it."""
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """

@@ -55,14 +55,22 @@ class Scheduler:
     Args:
         chunk: most prompt tokens that a step reads beside running requests; None reads every
             prompt in one piece, one a step.
+        aligned: cut every prompt at multiples of the chunk, whatever else runs, one a step.
     """
 
     def __init__(
-        self, slots: int, max_waiting: int, *, chunk: int | None = None, prefixes: int = 0
+        self,
+        slots: int,
+        max_waiting: int,
+        *,
+        chunk: int | None = None,
+        prefixes: int = 0,
+        aligned: bool = False,
     ) -> None:
         self._slots = slots
         self._max_waiting = max_waiting
         self._chunk = chunk
+        self._aligned = aligned
         self._waiting: deque[str] = deque()
         self._readings: dict[str, _Reading] = {}
         self._leaving: list[str] = []
@@ -128,7 +136,9 @@ class Scheduler:
             r for r, reading in self._readings.items() if reading.read > 0 and not reading.done
         ]
         behind = half_read[0] if half_read else None
-        copies = [copy for r in self._leaving for copy in self.places.leave(r, behind)]
+        copies: list[Copy] = []
+        for left, request_id in zip(range(len(self._leaving), 0, -1), self._leaving, strict=True):
+            copies += self.places.leave(request_id, behind, followed_by=left - 1)
         self._leaving.clear()
         return copies
 
@@ -136,7 +146,7 @@ class Scheduler:
         """Whether one more prompt is begun in this step."""
         if not self._waiting or len(self.places.order) == self._slots:
             return False
-        if budget is None:
+        if budget is None or self._aligned:
             return not prefill
         if sum(chunk.count for chunk in prefill) >= budget:
             return False
@@ -150,7 +160,7 @@ class Scheduler:
     def _budget(self, beside_others: bool) -> int | None:
         if self._chunk is None:
             return None
-        return self._chunk if beside_others else max(self._chunk, ALONE)
+        return self._chunk if beside_others or self._aligned else max(self._chunk, ALONE)
 
     def _admit(self, request_id: str) -> list[Copy]:
         reading = self._readings[request_id]

@@ -29,7 +29,7 @@ from tests.engines import (
     text_of,
 )
 
-SUBJECTS = ["table", "general", "fast", "fast-packed"]
+SUBJECTS = ["table", "general", "fast", "fast-packed", "fast-constant"]
 PROMPTS = ["def ", "你好", "x", "import os\n\n", "The quick brown fox", "𝒳"]
 
 
@@ -61,10 +61,12 @@ def _opened(kind: str, folder: Path, slots: int = 4, spare: int = 2) -> Any:
     if kind == "general":
         return open_runner(folder, tiny_model.CONTEXT, Options(slots, fast=False))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    held: Any = Packed if kind == "fast-packed" else Plain
+    held: Any = Plain if kind == "fast" else Packed
+    constant = kind == "fast-constant"
+    spare = 0 if constant else spare
     runner = FastRunner(
         model, folder, slots=slots, length=tiny_model.CONTEXT, spare=spare, kind=held,
-        precision="fp32",
+        precision="fp32", constant=constant,
     )  # fmt: skip
     runner.chunk = 16  # so that prompts of these tests are longer than a chunk
     return runner

@@ -149,6 +149,32 @@ def test_a_reply_does_not_depend_on_its_neighbours(kind: Any, precision: Any, fo
         assert torch.equal(*rows)
 
 
+def test_in_constant_shape_rounding_does_not_depend_on_company(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = list(range(40, 62))
+
+    def rows(company: bool) -> torch.Tensor:
+        runner = FastRunner(
+            model, folder, slots=3, length=128, spare=0, kind=Packed, precision="fp32",
+            constant=True,
+        )  # fmt: skip
+        other = [Feed(0, 0, list(range(90)), 0)] if company else []
+        if other:
+            runner.forward([], other)
+        at = len(other)
+        found = [runner.forward([], [Feed(at, 0, ids, 1)])]
+        for step in range(6):
+            beside = [Feed(0, 90 + step, [7], 1)] if company else []
+            half_read = [Feed(at + 1, 4 * step, [1, 2, 3, 4], 0)] if company else []
+            decode = [*beside, Feed(at, len(ids) + step, [step], 1)]
+            found.append(runner.forward(decode, half_read)[len(beside) :])
+        return torch.cat(found)
+
+    assert torch.equal(rows(company=False), rows(company=True))
+
+
 def test_the_weights_are_held_by_what_is_right_and_fast_here(folder: Path) -> None:
     shape = Shape(2, 4, 4, 64, 256, 1e-5, 512)
     assert choose_kind(shape, "fp32")[0] == "fp32"

@@ -152,6 +152,10 @@ CASES = (
     Case("serve.max_concurrent", "3", service.queue),
     Case("serve.max_waiting", "5", service.queue),
     Case("serve.max_tokens", "50", service.longest_answer),
+    Case("serve.engine.precision", "int8", service.runner),
+    Case("serve.engine.context", "40", service.runner),
+    Case("serve.engine.constant_shape", "true", service.runner),
+    Case("serve.engine.prefixes", "2", service.runner),
     Case("serve.deadline_seconds", "0.05", service.answer_in_time),
 )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cluster.errors import ServingError
 from serving.engines.base import Event, Failed, Predicted, PredictionRequest, Started
 from serving.engines.prediction import PredictionEngine
 
@@ -75,12 +76,30 @@ def test_more_than_the_queue_holds_is_refused_and_the_rest_is_answered() -> None
     assert isinstance(refused, Failed) and (refused.status, refused.retry_after) == (503, 1)
 
 
-def test_a_fault_reaches_its_callers_and_the_engine_goes_on() -> None:
+def test_a_fault_reaches_its_caller_alone_and_the_engine_goes_on() -> None:
     async def scenario() -> None:
         engine = PredictionEngine("model/fake@1", Doubler(), max_batch=4, max_waiting=4)
-        with pytest.raises(RuntimeError, match="broken"):
-            await ask(engine, "1", None)
+        good, bad, late = await asyncio.gather(
+            ask(engine, "1", 1), ask(engine, "2", 5, None), ask(engine, "3", *range(5))
+        )
+        assert labels(good) == ["2"] and len(labels(late)) == 5
+        assert bad[-1] == Failed(500, "the model failed on inputs[1]", "engine_fault", "inputs")
+        assert engine.stats().running + engine.stats().waiting == 0
+        engine.check()
+        engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_faults_in_a_row_are_told_to_the_health_check_until_an_answer_comes() -> None:
+    async def scenario() -> None:
+        engine = PredictionEngine("model/fake@1", Doubler(), max_batch=4, max_waiting=4)
+        for _ in range(3):
+            assert isinstance((await ask(engine, "1", None))[-1], Failed)
+        with pytest.raises(ServingError, match="3 batches in a row"):
+            engine.check()
         assert labels(await ask(engine, "2", 4)) == ["8"]
+        engine.check()
         engine.close()
 
     asyncio.run(scenario())

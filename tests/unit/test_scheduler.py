@@ -25,6 +25,16 @@ def test_a_prompt_is_read_in_chunks_beside_those_that_run() -> None:
     ]
 
 
+def test_an_aligned_prompt_is_cut_alike_whatever_runs() -> None:
+    scheduler = Scheduler(slots=3, max_waiting=0, chunk=4, aligned=True)
+    scheduler.submit("a", range(6))
+    scheduler.submit("b", range(9))
+    chunks = [chunk for _ in range(5) for chunk in scheduler.next_step().prefill]
+    assert [(c.request, c.start, c.count) for c in chunks] == [
+        ("a", 0, 4), ("a", 4, 2), ("b", 0, 4), ("b", 4, 4), ("b", 8, 1),
+    ]  # fmt: skip
+
+
 def test_nobody_waits_for_a_chunk_where_nobody_runs() -> None:
     scheduler = Scheduler(slots=4, max_waiting=0, chunk=4)
     assert all(scheduler.submit(name, range(20)) for name in "abc")
