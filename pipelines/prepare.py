@@ -28,7 +28,16 @@ from cluster.stages import BY_VERB, StageResult, fingerprint, resolved
 from cluster.storage import Artifact, FileEntry, Staging, Store
 from cluster.version import code_version
 from pipelines import families
-from pipelines.data import cleaning, documents, duplicates, images, partitions, sources, streaming
+from pipelines.data import (
+    cleaning,
+    documents,
+    duplicates,
+    duplicates_near,
+    images,
+    partitions,
+    sources,
+    streaming,
+)
 from pipelines.data.cleaning import Rejected
 from pipelines.data.corpus import PART_BITS, SPLITS, Split
 from pipelines.data.partitions import Cleaned, Encoding, Shard
@@ -36,6 +45,9 @@ from pipelines.data.scratch import Scratch
 from pipelines.data.sealing import Sealing
 from pipelines.data.sources import Listing, Reject, SourceFile
 from pipelines.families.base import Encoder
+
+NOBODY = np.array([], dtype=np.int64)
+"""Ids of no document."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,8 @@ def run(config: RunConfig) -> StageResult:
     ):
         cleaned = _read(config, staging, parts, bar)
         index = pa.concat_tables(part.index for part in cleaned)
-        chosen = choose(config, index, left_out(found.rejects, cleaned))
+        near = _near_duplicates(config, staging, index)
+        chosen = choose(config, index, left_out(found.rejects, cleaned), near)
         encoder = _fit(config, staging, chosen)
         shards, lineage = _encode(config, staging, chosen, encoder, cleaned, bar)
         quarantine = _quarantine(staging, chosen.left, cleaned)
@@ -183,8 +196,19 @@ def _lines_before(cleaned: Sequence[Cleaned]) -> dict[int, dict[str, int]]:
     return before
 
 
-def choose(config: RunConfig, index: pa.Table, left: Left) -> Chosen:
+def _near_duplicates(config: RunConfig, staging: Staging, index: pa.Table) -> np.ndarray:
+    """Ids of documents that are nearly the same as another that stays."""
+    if not isinstance(config.data, TextData):
+        return NOBODY
+    scratch = Scratch(staging, Sealing(config.data.encrypt))
+    return duplicates_near.find(index, config.data.dedup, scratch, config.prepare.tasks)
+
+
+def choose(config: RunConfig, index: pa.Table, left: Left, near: np.ndarray = NOBODY) -> Chosen:
     """Duplicates out, then each document to its split. Pure.
+
+    Args:
+        near: ids of documents that are nearly the same as another.
 
     Raises:
         SourceError: if nothing usable remains, or a split would be empty.
@@ -194,6 +218,9 @@ def choose(config: RunConfig, index: pa.Table, left: Left) -> Chosen:
     fraction = config.data.heldout_fraction
     unique = duplicates.unique(index)
     drops = Counter(duplicate=index.num_rows - unique.num_rows)
+    alone = unique.filter(pc.invert(pc.is_in(unique.column("document"), pa.array(near))))
+    drops["near_duplicate"] = unique.num_rows - alone.num_rows
+    unique = alone
     held = _held(unique, config.seed, fraction)
     train, heldout = unique.filter(pc.invert(held)), unique.filter(held)
     if labels := _labels(train):
@@ -292,11 +319,10 @@ def _encode(
     """Second pass: shards of both splits in order of part, and the lineage files."""
     members = {split: _by_part(index) for split, index in chosen.splits.items()}
     lines_before = _lines_before(cleaned)
-    nobody = np.array([], dtype=np.int64)
     work = [
         Encoding(
             part,
-            {split: members[split].get(part, nobody) for split in SPLITS},
+            {split: members[split].get(part, NOBODY) for split in SPLITS},
             lines_before.get(part >> PART_BITS, {}),
             cleaned[part >> PART_BITS].source,
         )

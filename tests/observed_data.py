@@ -161,6 +161,17 @@ def personal(config: RunConfig) -> Any:
 def wang(text: str) -> list[tuple[int, int, str]]:
     """The least that finds a name."""
     return [(at, at + 2, "name")] if (at := text.find("王芳")) >= 0 else []
+def near(config: RunConfig) -> Any:
+    """Documents that go as near duplicates of others, which are edited more and more."""
+    Path("docs").mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(30):
+        words = rng.integers(0x4E00, 0x9000, 150)
+        for copy in range(2):
+            Path(f"docs/{n}-{copy}.txt").write_text("".join(map(chr, words)), encoding="utf-8")
+            words[rng.choice(150, n // 2 + 1, replace=False)] = 0x9001 + n
+    artifact, _ = _prepared(config)
+    return artifact.manifest.detail["counts"]["dropped"]
 
 
 def splits(config: RunConfig) -> Any:

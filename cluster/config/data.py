@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from cluster.config.base import OPERATIONAL, Fraction, Operational, Positive, Section
 from cluster.config.cleaning import DEFAULT_STEPS, Steps
 from cluster.config.privacy import PrivacySection
+from cluster.config.dedup import DedupSection
 from cluster.errors import ConfigError
 
 Sources = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -54,6 +55,7 @@ class TextData(DataSection):
     """Steps that text passes, in order; what is empty, too short or too long afterwards goes."""
     privacy: PrivacySection = PrivacySection()
     """How personal data is taken out."""
+    dedup: DedupSection = DedupSection()
     vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 2048
     """Entries of the byte-level BPE tokenizer: at least 256 bytes and one end-of-text token."""
     tokenizer_bytes: Positive = 8 * 2**20

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from cluster.config import ImageData, TextData
 from cluster.storage import FileEntry, Staging
-from pipelines.data import documents
+from pipelines.data import documents, duplicates_near
 from pipelines.data.cleaning import Rejected
 from pipelines.data.corpus import PART_BITS, SPLITS, Split, part_name
 from pipelines.data.documents import Leavings
@@ -98,6 +98,8 @@ def read(
     for number, part in enumerate(documents.parts(files, data, partition)):
         place = partition << PART_BITS | number
         entries.append(scratch.write_table(place, part.table))
+        if isinstance(data, TextData):
+            entries += duplicates_near.leave(scratch, place, part.table, data.dedup)
         index.append(part.table.select(documents.INDEX))
         rows = [reject for reject in part.leavings.rejects if reject.row is not None]
         if rows:

@@ -32,6 +32,7 @@ class Case:
 
 SHORT = ("data.sequence_length=32", "model.hidden_size=32", "model.layers=1")
 SMALL = ("data.vocab_size=300",)
+NEAR = (*SMALL, "data.dedup.near=true")
 SPREAD = (*SMALL, "data.partition_bytes=6000", "data.row_group_rows=8", "data.sequence_length=16")
 FEW = (*SHORT, "train.global_batch=8", "train.warmup_steps=1")
 LOOP = (*FEW, "train.steps=30", "train.checkpoint_every=8", "train.keep_checkpoints=9")
@@ -72,6 +73,11 @@ CASES = (
     Case("data.privacy.style", "plain", data.personal, SMALL),
     Case("data.privacy.phone_regions", "[FR]", data.personal, SMALL),
     Case("data.privacy.ner", "tests.observed_data:wang", data.personal, SMALL),
+    Case("data.dedup.near", "true", data.near, SMALL),
+    Case("data.dedup.ngram", "2", data.near, NEAR),
+    Case("data.dedup.permutations", "16", data.near, NEAR),
+    Case("data.dedup.bands", "56", data.near, NEAR),
+    Case("data.dedup.threshold", "0.95", data.near, NEAR),
     Case("data.vocab_size", "310", data.tokenizer, SMALL),
     Case("data.tokenizer_bytes", "300", data.tokenizer, SMALL),
     Case("data.sequence_length", "24", data.row_width, SPREAD),

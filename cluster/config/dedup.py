@@ -1,0 +1,34 @@
+"""`data.dedup` and `data.decontaminate`: what is said more than once, and what a test will ask."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from cluster.config.base import Fraction, Section
+from cluster.errors import ConfigError
+
+
+class DedupSection(Section):
+    """Exact copies always go; the smallest document id of a cluster stays."""
+
+    near: bool = False
+    """Drop documents that are nearly the same as another, too (MinHash-LSH)."""
+    ngram: Annotated[int, Field(ge=1, le=64)] = 5
+    """Words of a shingle; of a script without spaces, characters."""
+    permutations: Annotated[int, Field(ge=8, le=1024)] = 112
+    """Length of a signature: the similarity of two documents is told to within 1 / (2 sqrt(n))."""
+    bands: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Two documents are compared if all rows of one band agree; must divide `permutations`."""
+    threshold: Fraction = 0.7
+    """Jaccard similarity, as the signatures tell it, from which two documents are the same."""
+
+    @model_validator(mode="after")
+    def _bands_divide(self) -> "DedupSection":
+        if self.permutations % 2 or self.permutations % self.bands:
+            unit = self.bands * (1 + self.bands % 2)
+            nearest = max(unit, round(self.permutations / unit) * unit)
+            raise ConfigError(
+                f"data.dedup.permutations {self.permutations} must be even and divide by "
+                f"data.dedup.bands {self.bands}: take {nearest} permutations"
+            )
+        return self
