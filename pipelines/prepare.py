@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from cluster.version import code_version
 from pipelines import families
 from pipelines.data import (
     cleaning,
+    contamination,
     documents,
     duplicates,
     duplicates_near,
@@ -39,6 +40,7 @@ from pipelines.data import (
     streaming,
 )
 from pipelines.data.cleaning import Rejected
+from pipelines.data.contamination import Evaluations, Overlap
 from pipelines.data.corpus import PART_BITS, SPLITS, Split
 from pipelines.data.partitions import Cleaned, Encoding, Shard
 from pipelines.data.scratch import Scratch
@@ -82,7 +84,16 @@ class Chosen:
 
 def inputs(config: RunConfig) -> dict[str, Any]:
     """The listing of the sources, which decides whether a corpus is still up to date."""
-    return sources.summary(config.data.sources, _listing(config))
+    return _listed(config, _listing(config))
+
+
+def _listed(config: RunConfig, found: Listing) -> dict[str, Any]:
+    """What a corpus is made from, in short."""
+    listed = sources.summary(config.data.sources, found)
+    if isinstance(config.data, TextData) and (settings := config.data.decontaminate).sources:
+        against = sources.summary(settings.sources, contamination.listing(settings))
+        listed |= {f"without {source}": of for source, of in against.items()}
+    return listed
 
 
 def check(config: RunConfig) -> None:
@@ -114,14 +125,16 @@ def run(config: RunConfig) -> StageResult:
         progress.bar("prepare", 2 * len(parts), "partitions") as bar,
         _staged(store, config, found) as staging,
     ):
+        scratch = Scratch(staging, Sealing(config.data.encrypt))
+        evaluations = contamination.begin(config.data, scratch)
         cleaned = _read(config, staging, parts, bar)
         index = pa.concat_tables(part.index for part in cleaned)
-        near = _near_duplicates(config, staging, index)
+        near = duplicates_near.find(index, config.data, scratch, config.prepare.tasks)
         chosen = choose(config, index, left_out(found.rejects, cleaned), near)
         encoder = _fit(config, staging, chosen)
         shards, lineage = _encode(config, staging, chosen, encoder, cleaned, bar)
         quarantine = _quarantine(staging, chosen.left, cleaned)
-        others = [*lineage, quarantine]
+        others = [*lineage, quarantine, *_overlaps(staging, evaluations, cleaned)]
         artifact = _commit(config, staging, found, chosen, encoder, shards, others, key_name)
     return StageResult(artifact, _headline(artifact), artifact.manifest.metrics)
 
@@ -135,7 +148,7 @@ def _listing(config: RunConfig) -> Listing:
 def _staged(store: Store, config: RunConfig, found: Listing) -> Iterator[Staging]:
     """A version of the corpus. What was done of it stays when the run is killed or interrupted:
     the same command goes on from there. A run that failed leaves nothing."""
-    listed = sources.summary(config.data.sources, found)
+    listed = _listed(config, found)
     told = (fingerprint(BY_VERB["prepare"], config, None, listed), code_version())
     same = " ".join([*told, _check_key(config) or ""]).strip()
     staging = store.stage("corpus", config.name, run=same, resume=True)
@@ -179,7 +192,10 @@ def left_out(listed: Sequence[Reject], cleaned: Sequence[Cleaned]) -> Left:
     return Left(drops, reasons, in_order, sample, personal)
 
 
-def _from_first_line(one: Rejected, before: Mapping[str, int]) -> Rejected:
+Placed = TypeVar("Placed", Rejected, Overlap)
+
+
+def _from_first_line(one: Placed, before: Mapping[str, int]) -> Placed:
     lines = before.get(one.file, 0)
     return replace(one, row=one.row + lines) if one.row is not None and lines else one
 
@@ -196,12 +212,21 @@ def _lines_before(cleaned: Sequence[Cleaned]) -> dict[int, dict[str, int]]:
     return before
 
 
-def _near_duplicates(config: RunConfig, staging: Staging, index: pa.Table) -> np.ndarray:
-    """Ids of documents that are nearly the same as another that stays."""
-    if not isinstance(config.data, TextData):
-        return NOBODY
-    scratch = Scratch(staging, Sealing(config.data.encrypt))
-    return duplicates_near.find(index, config.data.dedup, scratch, config.prepare.tasks)
+def _overlaps(
+    staging: Staging, found: Evaluations | None, cleaned: Sequence[Cleaned]
+) -> list[FileEntry]:
+    """Which documents overlapped with what, and where."""
+    if found is None:
+        return []
+    lines_before = _lines_before(cleaned)
+    overlaps = (
+        _from_first_line(overlap, lines_before.get(part.partition, {}))
+        for part in cleaned
+        for overlap in part.overlaps
+    )
+    documents = sum((part.contaminated for part in cleaned), Counter[str]())
+    tree = contamination.report(found, documents, overlaps)
+    return [staging.write_json("contamination.json", tree)]
 
 
 def choose(config: RunConfig, index: pa.Table, left: Left, near: np.ndarray = NOBODY) -> Chosen:
@@ -361,7 +386,7 @@ def _commit(
     facts = encoder.facts()
     splits = {split: _split_detail(split, chosen, shards) for split in SPLITS}
     counts = _counts(found, chosen, shards)
-    listed = sources.summary(config.data.sources, found)
+    listed = _listed(config, found)
     report = {"counts": counts, "splits": splits, "facts": facts, "sources": listed}
     with TemporaryDirectory(prefix="heliostat-") as folder:
         encoder.save(Path(folder))

@@ -161,6 +161,17 @@ def personal(config: RunConfig) -> Any:
 def wang(text: str) -> list[tuple[int, int, str]]:
     """The least that finds a name."""
     return [(at, at + 2, "name")] if (at := text.find("王芳")) >= 0 else []
+def contamination(config: RunConfig) -> Any:
+    """Documents that go because evaluation sets hold a piece of them, and what is told of it."""
+    Path("tests").mkdir()
+    question = "第3篇：定日镜跟随太阳，把光投向一点"
+    Path("tests/题.jsonl").write_text(f'{{"question": "{question}"}}\n', encoding="utf-8")
+    artifact, _ = _prepared_texts(config)
+    told = [f.path for f in artifact.manifest.files if f.path == "contamination.json"]
+    found = artifact.read_json(told[0])["overlaps"][:3] if told else None
+    return artifact.manifest.detail["counts"]["dropped"], found
+
+
 def near(config: RunConfig) -> Any:
     """Documents that go as near duplicates of others, which are edited more and more."""
     Path("docs").mkdir()
@@ -170,7 +181,7 @@ def near(config: RunConfig) -> Any:
         for copy in range(2):
             Path(f"docs/{n}-{copy}.txt").write_text("".join(map(chr, words)), encoding="utf-8")
             words[rng.choice(150, n // 2 + 1, replace=False)] = 0x9001 + n
-    artifact, _ = _prepared(config)
+    artifact, _ = prepared(config)
     return artifact.manifest.detail["counts"]["dropped"]
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from cluster.config.base import OPERATIONAL, Section
 from cluster.config.data import Data, ImageData, PrepareSection, TextData
-from cluster.config.dedup import DedupSection
+from cluster.config.dedup import DecontaminateSection, DedupSection
 from cluster.config.model import LlamaModel, Model, ResNetModel
 from cluster.config.stages import (
     EvaluateSection,
@@ -138,6 +138,7 @@ def _nearest_batches(train: TrainSection) -> str:
 __all__ = [
     "FAMILIES",
     "OPERATIONAL",
+    "DecontaminateSection",
     "DedupSection",
     "EvaluateSection",
     "ImageData",

@@ -9,6 +9,7 @@ from cluster.config.base import OPERATIONAL, Fraction, Operational, Positive, Se
 from cluster.config.cleaning import DEFAULT_STEPS, Steps
 from cluster.config.privacy import PrivacySection
 from cluster.config.dedup import DedupSection
+from cluster.config.dedup import DecontaminateSection, DedupSection
 from cluster.errors import ConfigError
 
 Sources = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -56,6 +57,7 @@ class TextData(DataSection):
     privacy: PrivacySection = PrivacySection()
     """How personal data is taken out."""
     dedup: DedupSection = DedupSection()
+    decontaminate: DecontaminateSection = DecontaminateSection()
     vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 2048
     """Entries of the byte-level BPE tokenizer: at least 256 bytes and one end-of-text token."""
     tokenizer_bytes: Positive = 8 * 2**20

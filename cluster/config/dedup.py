@@ -1,6 +1,6 @@
 """`data.dedup` and `data.decontaminate`: what is said more than once, and what a test will ask."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,3 +32,15 @@ class DedupSection(Section):
                 f"data.dedup.bands {self.bands}: take {nearest} permutations"
             )
         return self
+
+
+class DecontaminateSection(Section):
+    """Training text that holds pieces of evaluation sets."""
+
+    sources: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Files and folders of evaluation sets: every string in their rows is looked for."""
+    ngram: Annotated[int, Field(ge=3, le=200)] = 13
+    """Words that a document must share, one after the other; of a script without spaces, twice as
+    many characters."""
+    action: Literal["drop", "report"] = "drop"
+    """What becomes of such a document; where it overlaps is reported either way."""

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.config.dedup import DedupSection
+from cluster.config import DedupSection, ImageData, TextData
 from cluster.durable import storage_errors
 from cluster.storage import FileEntry
 from pipelines.data import shingles, streaming
@@ -128,14 +128,15 @@ def write(scratch: Scratch, part: int, table: pa.Table) -> FileEntry:
     return scratch.write(_name(part), sink.getvalue().to_pybytes())
 
 
-def find(index: pa.Table, settings: DedupSection, scratch: Scratch, tasks: int) -> np.ndarray:
+def find(index: pa.Table, data: TextData | ImageData, scratch: Scratch, tasks: int) -> np.ndarray:
     """Ids of the documents that are nearly the same as one with a smaller id, sorted.
 
     Raises:
         StorageError: if storage does not give what reading tasks left.
     """
-    if not settings.near:
+    if not isinstance(data, TextData) or not data.dedup.near or not index.num_rows:
         return np.zeros(0, np.int64)
+    settings = data.dedup
     parts = np.unique(part_of(index.column("document").to_numpy())).tolist()
     task = functools.partial(_find_in, parts=parts, settings=settings, scratch=scratch)
     spans = ranges(index.num_rows, settings)

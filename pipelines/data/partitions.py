@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 
 from cluster.config import ImageData, TextData
 from cluster.storage import FileEntry, Staging
-from pipelines.data import documents, duplicates_near
+from pipelines.data import contamination, documents, duplicates_near
 from pipelines.data.cleaning import Rejected
+from pipelines.data.contamination import Overlap, Screened
 from pipelines.data.corpus import PART_BITS, SPLITS, Split, part_name
-from pipelines.data.documents import Leavings
+from pipelines.data.documents import Documents, Leavings
 from pipelines.data.scratch import Scratch
 from pipelines.data.sealing import Sealing
 from pipelines.data.sources import Reject, SourceFile
@@ -53,6 +54,9 @@ class Cleaned:
     """As in `Leavings`."""
     personal: Counter[str]
     """As in `Leavings`."""
+    contaminated: Counter[str]
+    """Documents that overlap with each file of the evaluation sets."""
+    overlaps: tuple[Overlap, ...]
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,12 @@ def read(
     index, entries, told = list[pa.Table](), list[FileEntry](), list[Leavings]()
     reasons = Counter[str]()
     with_rejects: list[int] = []
+    contaminated, overlaps = Counter[str](), list[Overlap]()
     for number, part in enumerate(documents.parts(files, data, partition)):
+        if isinstance(data, TextData) and data.decontaminate.sources:
+            part, screened = _without_evaluations(part, data, scratch)
+            contaminated.update(screened.documents)
+            overlaps += screened.overlaps
         place = partition << PART_BITS | number
         entries.append(scratch.write_table(place, part.table))
         if isinstance(data, TextData):
@@ -118,9 +127,21 @@ def read(
         "sample": [asdict(one) for one in left.sample],
         "lines": left.lines,
         "personal": left.personal,
+        "contaminated": contaminated,
+        "overlaps": [asdict(overlap) for overlap in overlaps],
     }
     scratch.record(name, tree, entries)
     return _cleaned(work, pa.concat_tables(index), tree)
+
+
+def _without_evaluations(
+    part: Documents, data: TextData, scratch: Scratch
+) -> tuple[Documents, Screened]:
+    evaluations = contamination.opened(scratch)
+    screened = contamination.screen(part.table, evaluations, data.decontaminate.action)
+    drops = Counter(contaminated=screened.dropped)
+    leavings = documents.together([part.leavings, Leavings(drops=drops)])
+    return Documents(screened.table, leavings), screened
 
 
 def rejects_name(part: int) -> str:
@@ -142,6 +163,8 @@ def _cleaned(
         tuple(Rejected(**one) for one in noted["sample"]),
         noted["lines"],
         Counter(noted["personal"]),
+        Counter(noted["contaminated"]),
+        tuple(Overlap(**overlap) for overlap in noted["overlaps"]),
     )
 
 

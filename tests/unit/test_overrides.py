@@ -33,6 +33,8 @@ class Case:
 SHORT = ("data.sequence_length=32", "model.hidden_size=32", "model.layers=1")
 SMALL = ("data.vocab_size=300",)
 NEAR = (*SMALL, "data.dedup.near=true")
+SMALL_GRAMS = (*SMALL, "data.decontaminate.ngram=8")
+AGAINST = (*SMALL_GRAMS, "data.decontaminate.sources=[tests]")
 SPREAD = (*SMALL, "data.partition_bytes=6000", "data.row_group_rows=8", "data.sequence_length=16")
 FEW = (*SHORT, "train.global_batch=8", "train.warmup_steps=1")
 LOOP = (*FEW, "train.steps=30", "train.checkpoint_every=8", "train.keep_checkpoints=9")
@@ -78,6 +80,9 @@ CASES = (
     Case("data.dedup.permutations", "16", data.near, NEAR),
     Case("data.dedup.bands", "56", data.near, NEAR),
     Case("data.dedup.threshold", "0.95", data.near, NEAR),
+    Case("data.decontaminate.sources", "[tests]", data.contamination, SMALL_GRAMS),
+    Case("data.decontaminate.ngram", "50", data.contamination, AGAINST),
+    Case("data.decontaminate.action", "report", data.contamination, AGAINST),
     Case("data.vocab_size", "310", data.tokenizer, SMALL),
     Case("data.tokenizer_bytes", "300", data.tokenizer, SMALL),
     Case("data.sequence_length", "24", data.row_width, SPREAD),

@@ -31,6 +31,8 @@ OTHER: dict[str, Any] = {
     "name": "other",
     "data.sources": ["elsewhere"],
     "data.channels": 3,
+    "data.decontaminate.sources": ["elsewhere"],
+    "data.decontaminate.action": "report",
     "data.dedup.permutations": 128,
     "data.dedup.bands": 28,
     "data.dedup.threshold": 0.3,
