@@ -55,6 +55,7 @@ def heliostat(shards: list[Path], folder: Path) -> Callable[[], list[int]]:
     from cluster.config import DedupSection
     from cluster.storage import Store
     from pipelines.data import duplicates_near as near
+    from pipelines.data import ranges
     from pipelines.data.scratch import Scratch
 
     settings = DedupSection(near=True, ngram=NGRAM, permutations=BANDS * ROWS, bands=BANDS)
@@ -69,8 +70,9 @@ def heliostat(shards: list[Path], folder: Path) -> Callable[[], list[int]]:
             ids = np.array([int(row["id"]) for row in rows])
             table = pa.table({"document": ids, "text": [row["text"] for row in rows]})
             near.leave(scratch, part, table, settings)
-        spans = near.ranges(count, settings)
-        tables = (near.read(scratch, range(len(shards)), span) for span in spans)
+        spans = ranges.cut(count * settings.bands, near.RANGE_ROWS)
+        names = [near._name(part) for part in range(len(shards))]
+        tables = (ranges.read(scratch, names, span) for span in spans)
         return near.redundant(near.pairs(t, settings.threshold) for t in tables).tolist()
 
     return find

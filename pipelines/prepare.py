@@ -33,6 +33,7 @@ from pipelines.data import (
     contamination,
     documents,
     duplicates,
+    duplicates_lines,
     duplicates_near,
     images,
     partitions,
@@ -127,14 +128,17 @@ def run(config: RunConfig) -> StageResult:
     ):
         scratch = Scratch(staging, Sealing(config.data.encrypt))
         evaluations = contamination.begin(config.data, scratch)
-        cleaned = _read(config, staging, parts, bar)
+        read = _read(config, staging, parts, bar)
+        tasks = config.prepare.tasks
+        cleaned, shortened = duplicates_lines.thin(read, config.data, scratch, tasks)
         index = pa.concat_tables(part.index for part in cleaned)
-        near = duplicates_near.find(index, config.data, scratch, config.prepare.tasks)
+        near = duplicates_near.find(index, config.data, scratch, tasks)
         chosen = choose(config, index, left_out(found.rejects, cleaned), near)
         encoder = _fit(config, staging, chosen)
         shards, lineage = _encode(config, staging, chosen, encoder, cleaned, bar)
         quarantine = _quarantine(staging, chosen.left, cleaned)
         others = [*lineage, quarantine, *_overlaps(staging, evaluations, cleaned)]
+        others.append(staging.write_json("lines.json", {"shortened": shortened}))
         artifact = _commit(config, staging, found, chosen, encoder, shards, others, key_name)
     return StageResult(artifact, _headline(artifact), artifact.manifest.metrics)
 

@@ -172,6 +172,24 @@ def contamination(config: RunConfig) -> Any:
     return artifact.manifest.detail["counts"]["dropped"], found
 
 
+def lines(config: RunConfig) -> Any:
+    """Documents and bytes that stay when some of their lines are those of others."""
+    Path("docs").mkdir()
+    for n in range(30):
+        own = f"第{n}篇文章的正文，只有这一篇里才有这样的一行文字，编号是{n}。"
+        pages = [own, "本站所有内容未经许可不得转载，请联系管理员。" if n < 9 else own + "续"]
+        pages += [
+            "",
+            "短行",
+            f"第{n % 12}页的页脚文字，十二页之后又从头开始，周而复始。",
+            "",
+            own + "完",
+        ]
+        Path(f"docs/{n}.txt").write_text("\n".join(pages), encoding="utf-8")
+    found = prepared(config)[0].manifest.detail["counts"]
+    return found["documents"], found["bytes"], found["dropped"]
+
+
 def near(config: RunConfig) -> Any:
     """Documents that go as near duplicates of others, which are edited more and more."""
     Path("docs").mkdir()

@@ -22,6 +22,14 @@ class DedupSection(Section):
     threshold: Fraction = 0.7
     """Jaccard similarity, as the signatures tell it, from which two documents are the same."""
 
+    lines: Annotated[int, Field(ge=0, le=10**9)] = 0
+    """Documents that may hold the same line; one that more hold stays only in the first of them;
+    0 leaves all lines where they are."""
+    unit: Literal["line", "paragraph"] = "line"
+    """What counts as a line: paragraphs end with an empty line."""
+    unit_characters: Annotated[int, Field(ge=1, le=10**6)] = 30
+    """Shorter lines may be as frequent as they like: brackets, headings, `return None`."""
+
     @model_validator(mode="after")
     def _bands_divide(self) -> "DedupSection":
         if self.permutations % 2 or self.permutations % self.bands:

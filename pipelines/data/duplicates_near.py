@@ -15,17 +15,13 @@ as the same if its whole signatures then agree in a share of `threshold`.
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cluster.config import DedupSection, ImageData, TextData
-from cluster.durable import storage_errors
 from cluster.storage import FileEntry
-from pipelines.data import shingles, streaming
+from pipelines.data import ranges, shingles, streaming
 from pipelines.data.documents import part_of
 from pipelines.data.scratch import Scratch
 
@@ -33,7 +29,6 @@ SEED = 1
 """Of the permutations: scratch files of two runs must agree."""
 RANGE_ROWS = 1 << 21
 """Bands that one finding task holds; with signatures of 112 slots, 150 MB."""
-ROW_GROUP = 1 << 13
 ROUNDS = 32
 """In one bucket of dissimilar documents: how many become the one that others are compared with."""
 SCHEMA_NAMES = ("key", "document", "sketch")
@@ -117,15 +112,8 @@ def leave(scratch: Scratch, part: int, table: pa.Table, settings: DedupSection) 
     if not settings.near:
         return []
     ids = table.column("document").to_numpy()
-    return [write(scratch, part, bands(table.column("text").to_pylist(), ids, settings))]
-
-
-def write(scratch: Scratch, part: int, table: pa.Table) -> FileEntry:
-    sink = pa.BufferOutputStream()
-    options = {"compression": "none", "use_dictionary": False, "row_group_size": ROW_GROUP}
-    sealed = scratch.sealing.writing(f"{scratch.staging.id}/{_name(part)}")
-    pq.write_table(table, sink, **options, **sealed)
-    return scratch.write(_name(part), sink.getvalue().to_pybytes())
+    texts = table.column("text").to_pylist()
+    return [ranges.write(scratch, _name(part), bands(texts, ids, settings))]
 
 
 def find(index: pa.Table, data: TextData | ImageData, scratch: Scratch, tasks: int) -> np.ndarray:
@@ -139,7 +127,7 @@ def find(index: pa.Table, data: TextData | ImageData, scratch: Scratch, tasks: i
     settings = data.dedup
     parts = np.unique(part_of(index.column("document").to_numpy())).tolist()
     task = functools.partial(_find_in, parts=parts, settings=settings, scratch=scratch)
-    spans = ranges(index.num_rows, settings)
+    spans = ranges.cut(index.num_rows * settings.bands, RANGE_ROWS)
     return redundant(streaming.over_partitions(spans, task, tasks))
 
 
@@ -147,44 +135,7 @@ def _find_in(
     keys: tuple[int, int], *, parts: Sequence[int], settings: DedupSection, scratch: Scratch
 ) -> np.ndarray:
     """In a worker: pairs of one range."""
-    return pairs(read(scratch, parts, keys), settings.threshold)
-
-
-def ranges(documents: int, settings: DedupSection) -> list[tuple[int, int]]:
-    """Ranges of keys, first and last, for finding tasks of bounded size."""
-    count = max(1, math.ceil(documents * settings.bands / RANGE_ROWS))
-    edges = [(number << 64) // count for number in range(count + 1)]
-    return [(low, high - 1) for low, high in zip(edges, edges[1:], strict=False)]
-
-
-def read(scratch: Scratch, parts: Iterable[int], keys: tuple[int, int]) -> pa.Table:
-    """All bands with a key of a range."""
-    low, high = (pa.scalar(key, pa.uint64()) for key in keys)
-    return pa.concat_tables(_read_part(scratch, part, low, high) for part in parts)
-
-
-def _read_part(scratch: Scratch, part: int, low: pa.Scalar, high: pa.Scalar) -> pa.Table:
-    path = f"{scratch.path}/{_name(part)}"
-    opened = scratch.sealing.reading(f"{scratch.staging.id}/{_name(part)}")
-    with (
-        storage_errors(f"read {path}"),
-        pq.ParquetFile(path, filesystem=scratch.staging.store.filesystem, **opened) as file,
-    ):
-        groups = [
-            number
-            for number in range(file.metadata.num_row_groups)
-            if _meets(file.metadata.row_group(number).column(0).statistics, low, high)
-        ]
-        table = file.read_row_groups(groups)
-    keys = table.column("key")
-    return table.filter(pc.and_(pc.greater_equal(keys, low), pc.less_equal(keys, high)))
-
-
-def _meets(statistics: Any, low: pa.Scalar, high: pa.Scalar) -> bool:
-    """Whether a row group may hold keys of a range; encrypted ones may tell nothing."""
-    if statistics is None or not statistics.has_min_max:
-        return True
-    return statistics.max >= low.as_py() and statistics.min <= high.as_py()
+    return pairs(ranges.read(scratch, map(_name, parts), keys), settings.threshold)
 
 
 def _name(part: int) -> str:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from cluster.config import ImageData, TextData
 from cluster.storage import FileEntry, Staging
-from pipelines.data import contamination, documents, duplicates_near
+from pipelines.data import contamination, documents, duplicates_lines, duplicates_near
 from pipelines.data.cleaning import Rejected
 from pipelines.data.contamination import Overlap, Screened
 from pipelines.data.corpus import PART_BITS, SPLITS, Split, part_name
@@ -95,7 +95,7 @@ def read(
     partition, files = work
     scratch, name = Scratch(staging, Sealing(data.encrypt)), f"read-{partition:05d}"
     if (done := scratch.recorded(name)) is not None:
-        return _cleaned(work, _read_again(scratch, partition, done["parts"]), done)
+        return _cleaned(work, _read_again(scratch, partition, done["parts"], _kind(data)), done)
     index, entries, told = list[pa.Table](), list[FileEntry](), list[Leavings]()
     reasons = Counter[str]()
     with_rejects: list[int] = []
@@ -106,9 +106,7 @@ def read(
             contaminated.update(screened.documents)
             overlaps += screened.overlaps
         place = partition << PART_BITS | number
-        entries.append(scratch.write_table(place, part.table))
-        if isinstance(data, TextData):
-            entries += duplicates_near.leave(scratch, place, part.table, data.dedup)
+        entries += _leave(place, part.table, data, scratch)
         index.append(part.table.select(documents.INDEX))
         rows = [reject for reject in part.leavings.rejects if reject.row is not None]
         if rows:
@@ -132,6 +130,22 @@ def read(
     }
     scratch.record(name, tree, entries)
     return _cleaned(work, pa.concat_tables(index), tree)
+
+
+def _kind(data: TextData | ImageData) -> str:
+    return duplicates_lines.RAW if isinstance(data, TextData) and data.dedup.lines else ""
+
+
+def _leave(
+    part: int, table: pa.Table, data: TextData | ImageData, scratch: Scratch
+) -> list[FileEntry]:
+    """A part's documents, and what tells which of them are said twice."""
+    documents = [scratch.write_table(part, table, _kind(data))]
+    if not isinstance(data, TextData):
+        return documents
+    if data.dedup.lines:
+        return [*documents, duplicates_lines.leave(scratch, part, table, data.dedup)]
+    return documents + duplicates_near.leave(scratch, part, table, data.dedup)
 
 
 def _without_evaluations(
@@ -173,10 +187,10 @@ def _as_lines(rejects: Sequence[Reject]) -> bytes:
     return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
 
 
-def _read_again(scratch: Scratch, partition: int, parts: int) -> pa.Table:
+def _read_again(scratch: Scratch, partition: int, parts: int, kind: str) -> pa.Table:
     first = partition << PART_BITS
-    index = (scratch.read_table(part, documents.INDEX) for part in range(first, first + parts))
-    return pa.concat_tables(index)
+    own = range(first, first + parts)
+    return pa.concat_tables(scratch.read_table(part, documents.INDEX, kind) for part in own)
 
 
 def load(work: tuple[int, np.ndarray], *, scratch: Scratch) -> pa.Table:

@@ -40,31 +40,36 @@ class Scratch:
     def path(self) -> str:
         return f"{self.staging.path}/{FOLDER}"
 
-    def write_table(self, part: int, table: pa.Table) -> FileEntry:
+    def write_table(self, part: int, table: pa.Table, kind: str = "") -> FileEntry:
         """
+        Args:
+            kind: another table of the same part than its documents as they are encoded.
+
         Raises:
             StorageError: if storage does not take it.
         """
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, **self.sealing.writing(self._place(part)))
-        return self.write(part_name(part), sink.getvalue().to_pybytes())
+        pq.write_table(table, sink, **self.sealing.writing(self._place(part, kind)))
+        return self.write(kind + part_name(part), sink.getvalue().to_pybytes())
 
-    def read_table(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
+    def read_table(
+        self, part: int, columns: Sequence[str] | None = None, kind: str = ""
+    ) -> pa.Table:
         """
         Raises:
             StorageError: if storage does not give it.
         """
-        path = f"{self.path}/{part_name(part)}"
+        path = f"{self.path}/{kind}{part_name(part)}"
         with storage_errors(f"read {path}"):
             return pq.read_table(
                 path,
                 columns=columns,
                 filesystem=self.staging.store.filesystem,
-                **self.sealing.reading(self._place(part)),
+                **self.sealing.reading(self._place(part, kind)),
             )
 
-    def _place(self, part: int) -> str:
-        return f"{self.staging.id}/{FOLDER}/{part_name(part)}"
+    def _place(self, part: int, kind: str) -> str:
+        return f"{self.staging.id}/{FOLDER}/{kind}{part_name(part)}"
 
     def write(self, name: str, content: bytes) -> FileEntry:
         """Not synced to disk: a record tells by its hash whether all of it arrived."""

@@ -13,7 +13,7 @@ from cluster.config import DedupSection
 from cluster.errors import ConfigError
 from cluster.storage import Store
 from pipelines.data import duplicates_near as near
-from pipelines.data import shingles
+from pipelines.data import ranges, shingles
 from pipelines.data.scratch import Scratch
 
 SETTINGS = DedupSection(near=True)
@@ -194,17 +194,17 @@ def test_what_is_found_does_not_depend_on_files_and_ranges(
     texts += [edited(rng.choice(texts), rng, 2) for _ in range(40)]
     expected = dropped(texts)
     assert 30 < len(expected) <= 40
-    monkeypatch.setattr(near, "ROW_GROUP", 100)
+    monkeypatch.setattr(ranges, "ROW_GROUP", 100)
     scratch = Scratch(Store(str(tmp_path)).stage("corpus", "demo"))
     for number in range(cut):
         part = pa.table(
             {"document": np.arange(number, 100, cut), "text": pa.array(texts[number::cut])}
         )
         near.leave(scratch, number, part, SETTINGS)
-    monkeypatch.setattr(near, "RANGE_ROWS", 1 + 1600 // cut)
-    spans = near.ranges(100, SETTINGS)
+    spans = ranges.cut(100 * SETTINGS.bands, 1 + 1600 // cut)
     assert len(spans) == cut and spans[0][0] == 0 and spans[-1][1] == 2**64 - 1
-    tables = [near.read(scratch, reversed(range(cut)), span) for span in spans]
+    names = [near._name(part) for part in reversed(range(cut))]
+    tables = [ranges.read(scratch, names, span) for span in spans]
     assert sum(table.num_rows for table in tables) == 100 * SETTINGS.bands
     found = [near.pairs(table, SETTINGS.threshold) for table in tables]
     assert near.redundant(reversed(found)).tolist() == expected

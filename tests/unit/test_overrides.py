@@ -33,6 +33,7 @@ class Case:
 SHORT = ("data.sequence_length=32", "model.hidden_size=32", "model.layers=1")
 SMALL = ("data.vocab_size=300",)
 NEAR = (*SMALL, "data.dedup.near=true")
+LINES = (*SMALL, "data.dedup.lines=5", "data.dedup.unit_characters=20")
 SMALL_GRAMS = (*SMALL, "data.decontaminate.ngram=8")
 AGAINST = (*SMALL_GRAMS, "data.decontaminate.sources=[tests]")
 SPREAD = (*SMALL, "data.partition_bytes=6000", "data.row_group_rows=8", "data.sequence_length=16")
@@ -80,6 +81,9 @@ CASES = (
     Case("data.dedup.permutations", "16", data.near, NEAR),
     Case("data.dedup.bands", "56", data.near, NEAR),
     Case("data.dedup.threshold", "0.95", data.near, NEAR),
+    Case("data.dedup.lines", "2", data.lines, LINES),
+    Case("data.dedup.unit", "paragraph", data.lines, LINES),
+    Case("data.dedup.unit_characters", "25", data.lines, LINES),
     Case("data.decontaminate.sources", "[tests]", data.contamination, SMALL_GRAMS),
     Case("data.decontaminate.ngram", "50", data.contamination, AGAINST),
     Case("data.decontaminate.action", "report", data.contamination, AGAINST),

@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {
     "data.decontaminate.sources": ["elsewhere"],
     "data.decontaminate.action": "report",
     "data.dedup.permutations": 128,
+    "data.dedup.unit": "paragraph",
     "data.dedup.bands": 28,
     "data.dedup.threshold": 0.3,
     "data.cleaning": ["compose", {"length": {"min": 7}}],
