@@ -138,7 +138,8 @@ def run(config: RunConfig) -> StageResult:
         shards, lineage = _encode(config, staging, chosen, encoder, cleaned, bar)
         quarantine = _quarantine(staging, chosen.left, cleaned)
         others = [*lineage, quarantine, *_overlaps(staging, evaluations, cleaned)]
-        others.append(staging.write_json("lines.json", {"shortened": shortened}))
+        if shortened:
+            others.append(staging.write_json("lines.json", {"shortened": shortened}))
         artifact = _commit(config, staging, found, chosen, encoder, shards, others, key_name)
     return StageResult(artifact, _headline(artifact), artifact.manifest.metrics)
 
