@@ -79,7 +79,7 @@ CASES = (
     Case("data.dedup.near", "true", data.near, SMALL),
     Case("data.dedup.ngram", "2", data.near, NEAR),
     Case("data.dedup.permutations", "16", data.near, NEAR),
-    Case("data.dedup.bands", "56", data.near, NEAR),
+    Case("data.dedup.bands", "2", data.near, NEAR),
     Case("data.dedup.threshold", "0.95", data.near, NEAR),
     Case("data.dedup.lines", "2", data.lines, LINES),
     Case("data.dedup.unit", "paragraph", data.lines, LINES),
