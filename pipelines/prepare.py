@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster import progress
-from cluster.config import RunConfig
+from cluster.config import RunConfig, TextData
 from cluster.errors import HeliostatError, SourceError
 from cluster.session import open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, resolved

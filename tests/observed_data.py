@@ -161,6 +161,8 @@ def personal(config: RunConfig) -> Any:
 def wang(text: str) -> list[tuple[int, int, str]]:
     """The least that finds a name."""
     return [(at, at + 2, "name")] if (at := text.find("王芳")) >= 0 else []
+
+
 def contamination(config: RunConfig) -> Any:
     """Documents that go because evaluation sets hold a piece of them, and what is told of it."""
     Path("tests").mkdir()

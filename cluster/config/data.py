@@ -7,9 +7,8 @@ from pydantic import Field, model_validator
 
 from cluster.config.base import OPERATIONAL, Fraction, Operational, Positive, Section
 from cluster.config.cleaning import DEFAULT_STEPS, Steps
-from cluster.config.privacy import PrivacySection
-from cluster.config.dedup import DedupSection
 from cluster.config.dedup import DecontaminateSection, DedupSection
+from cluster.config.privacy import PrivacySection
 from cluster.errors import ConfigError
 
 Sources = Annotated[tuple[str, ...], Field(min_length=1)]

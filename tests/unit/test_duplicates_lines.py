@@ -67,9 +67,21 @@ def left_by_reading(scratch: Scratch, count: int, parts: int) -> list[Cleaned]:
         scratch.write_table(part, found, lines.RAW)
         lines.leave(scratch, part, found, SETTINGS)
         index = found.select(documents.INDEX)
-        nothing = Counter[str]()
         cleaned.append(
-            Cleaned(number, "s", index, Counter(x=1), nothing, (), (), (), {}, nothing, ())
+            Cleaned(
+                partition=number,
+                source="s",
+                index=index,
+                drops=Counter(x=1),
+                reasons=Counter(),
+                with_rejects=(),
+                files=(),
+                sample=(),
+                lines={},
+                personal=Counter(),
+                contaminated=Counter(),
+                overlaps=(),
+            )
         )
     return cleaned
 
