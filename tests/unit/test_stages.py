@@ -66,6 +66,8 @@ OTHER: dict[str, Any] = {
     "train.offload_optimizer": "cpu",
     "train.offload_parameters": "cpu",
     "train.on_spike": "stop",
+    "serve.engine.precision": "fp32",
+    "serve.engine.context": 64,
 }
 # Keys that are refused alone: what the rest of the config must say, before and after the change.
 TOGETHER: dict[str, dict[str, Any]] = {
