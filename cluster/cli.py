@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from cluster import loading, progress
+from cluster.durable import storage_errors
 from cluster.errors import ConfigError, HeliostatError, UsageError
-from cluster.stages import STAGES
+from cluster.stages import BY_VERB, STAGES
 
 app = typer.Typer(
     name="heliostat",
@@ -68,7 +69,31 @@ def _stage_command(verb: str, help_text: str) -> None:
 
 
 for _stage in STAGES:
-    _stage_command(_stage.verb, _stage.help)
+    if _stage.verb != "serve":  # it has an option of its own
+        _stage_command(_stage.verb, _stage.help)
+
+
+@app.command(help=BY_VERB["serve"].help)
+def serve(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    plan: Plan = False,
+    as_json: Json = False,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Only write the Serve YAML, for `serve deploy FILE`."),
+    ] = None,
+) -> None:
+    if write_config is None:
+        _run(
+            recipe, overrides or [], "serve", "serve", fresh=fresh, plan_only=plan, as_json=as_json
+        )
+        return
+    text = _top(BY_VERB["serve"].module).write_config(loading.load(recipe, overrides or []))
+    with storage_errors(f"write {write_config}"):
+        write_config.write_text(text, encoding="utf-8")
+    progress.say(f"serve: {write_config} is for `serve deploy {write_config}` on the cluster")
 
 
 @app.command()
@@ -125,6 +150,71 @@ def _print_tally(tally: Any, target: Path, *, as_json: bool) -> None:
     print(f"{target}: {tally.rows} rows, {tally.changed} changed: {found or 'nothing found'}")
     if tally.overwritten:
         print(f"{tally.overwritten} rows had a field `spans` of their own, which is replaced")
+
+
+keys = typer.Typer(help="API keys of the service: create, list, revoke.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+ForRecipe = Annotated[
+    str, typer.Option("--recipe", help="Whose storage root holds the keys.", metavar="RECIPE")
+]
+
+
+@keys.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(help="Who or what will use it.")],
+    overrides: Overrides = None,
+    recipe: ForRecipe = DEFAULT_RECIPE,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="generate, classify; both without it.")
+    ] = None,
+    expires: Annotated[str | None, typer.Option(help="Such as 30d, 12h or 15m.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option()] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option()] = None,
+    concurrent: Annotated[int | None, typer.Option(help="Calls open at once.")] = None,
+) -> None:
+    """Make a key; it is printed this once, on stdout."""
+    progress.to_stderr()
+    quota = (requests_per_minute, tokens_per_minute, concurrent)
+    config = loading.load(recipe, overrides or [])
+    print(_top("serving.keys").create(config, name, scope or [], expires, *quota))
+
+
+@keys.command("list")
+def keys_list(overrides: Overrides = None, recipe: ForRecipe = DEFAULT_RECIPE) -> None:
+    """Ids, states, scopes, names and limits."""
+    for line in _top("serving.keys").listing(loading.load(recipe, overrides or [])):
+        print(line)
+
+
+@keys.command("revoke")
+def keys_revoke(
+    key: Annotated[str, typer.Argument(help="Its id, or a name that only it has.")],
+    overrides: Overrides = None,
+    recipe: ForRecipe = DEFAULT_RECIPE,
+) -> None:
+    """End a key; running services refuse it within 10 seconds."""
+    _top("serving.keys").revoke(loading.load(recipe, overrides or []), key)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="A served model; the first without it.")
+    ] = None,
+    url: Annotated[str, typer.Option(help="Of the service.")] = "http://127.0.0.1:8000",
+    key: Annotated[str | None, typer.Option(help="API key; better in $HELIOSTAT_API_KEY.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
+    seed: Annotated[int | None, typer.Option()] = None,
+) -> None:
+    """Talk with a served model in the terminal; a base model continues what you write."""
+    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    _top("serving.chat").talk(url, model, key, options)
+
+
+def _top(module: str) -> Any:
+    """A module of a package above, imported when its command runs."""
+    return import_module(module)
 
 
 def _journal_of(run: str, overrides: list[str]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.config import RunConfig
 from cluster.errors import CapacityError, HeliostatError, StorageRootError
+from cluster.proxy import environment
 from cluster.storage import Store
 
 PACKAGES = ("cluster", "pipelines", "serving", "tune")
@@ -81,6 +82,8 @@ def session(config: RunConfig) -> Iterator[Session]:
         _join(address, quiet)
     else:
         _ensure_token()
+        # Ray's processes inherit them; a cluster that is joined was started with its own.
+        os.environ.update(environment(config.serve))
         ray.init(
             address="local",
             num_cpus=config.ray.cpus or max(2, os.cpu_count() or 1),

@@ -1,17 +1,19 @@
-"""STAGE `serve`: the newest model of a recipe behind HTTP; and the application itself."""
+"""STAGE `serve`: models behind HTTP; and the application itself."""
 
 import socket
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster import progress
 from cluster.config import RunConfig
 from cluster.errors import CapacityError, PortError
 from cluster.session import Session, joined_address, open_store, session
-from cluster.stages import StageResult, required
-from cluster.storage import Artifact
+from cluster.stages import StageResult
+from serving.auth import KeyFile
+from serving.models import Served, chosen
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -47,60 +49,100 @@ def check(config: RunConfig) -> None:
 
 
 def run(config: RunConfig) -> StageResult:
-    """Deploy the newest complete model of the recipe and wait until it answers.
+    """Deploy the chosen models, or the recipe's newest, and wait until they answer.
 
     Raises:
-        UsageError: if there is no model, the cluster is too small or the port is taken.
-        ArtifactError: if the model is damaged; what is served now stays.
+        UsageError: if there is no model, the cluster is too small, the port is taken, or the
+            service would be open to the network without keys.
+        ArtifactError: if a model is damaged; what is served now stays.
         ServingError: with the replica's reason, if it does not come up.
     """
-    from serving import deploy
+    from serving import deploy, rest
 
-    model = required("serve", open_store(config), config)
+    store = open_store(config)
+    models = chosen(config, store)
+    guarded = deploy.check_guarded(config.serve, KeyFile(store))
     # A replica that cannot load a new version is lost with the version that it had: look first.
-    model.verify()
+    for served in models:
+        served.artifact.verify()
     with session(config) as joined:
-        _check_capacity(config, joined)
-        serve = deploy.Serve(joined.dashboard)
+        _check_capacity(config, joined, len(models))
+        if len(joined.nodes) > 1 and deploy.is_loopback(config.serve.host):
+            progress.say(
+                f"serve: {config.serve.host} on {len(joined.nodes)} nodes: each node's proxy "
+                "reaches its own replicas only; serve.host=0.0.0.0, and a key, joins them"
+            )
+        secret, operator = deploy.operator_key()
+        serve = rest.Serve(joined.dashboard)
         application = deploy.application(
-            config.serve, model, gpus=bool(joined.gpus), runtime_env=_shipped_code()
+            config.serve,
+            store.uri,
+            models,
+            deploy.shape(config.serve, ours=joined.ours, gpus=joined.gpus),
+            runtime_env=_shipped_code(),
+            operator=operator,
         )
         serve.deploy(config.serve, application)
         serve.wait(application)
-        url = deploy.url_of(config.serve)
-        deploy.wait_for_model(url, model)
-        progress.say(f"serve: {url} answers with {model.id}")
+        service = Asked(rest.url_of(config.serve), secret if guarded else None)
+        rest.wait_for_models(service.url, models, service.key)
+        names = ", ".join(served.artifact.id for served in models)
+        progress.say(f"serve: {service.url} answers with {names}")
         if config.serve.wait:
-            return StageResult(None, url, url=url, stay=lambda: _stay(url, model, joined))
-        return _ask_itself(config, url, model)
+            return StageResult(
+                None, service.url, url=service.url, stay=lambda: _stay(service.url, names, joined)
+            )
+        return _ask_itself(config, service, models[0])
+
+
+def write_config(config: RunConfig) -> str:
+    """The Serve config as YAML, for `serve deploy`; nothing is started.
+
+    Raises:
+        UsageError: as `run` does.
+    """
+    from serving import deploy
+
+    store = open_store(config)
+    models = chosen(config, store)
+    deploy.check_guarded(config.serve, KeyFile(store))
+    shape = deploy.shape(config.serve, ours=False, gpus=0)
+    ours = deploy.application(config.serve, store.uri, models, shape, runtime_env={})
+    return deploy.as_yaml(deploy.serve_config(config.serve, ours, []))
 
 
 def build(args: dict[str, Any]) -> "Application":
     """The application, from the arguments in the Serve config (`serve deploy` calls this)."""
-    from serving.ingress import Ingress
+    from serving.ingress import Accounts, Ingress
     from serving.replica import ModelReplica
 
     # Serve's decorators turn the classes into deployments, which type checkers cannot see.
     replica: Any = ModelReplica
     ingress: Any = Ingress
+    accounts: Any = Accounts
     engines = {
         name: replica.options(name=name).bind(args["store"], args["engine"])
         for name in args["models"]
     }
-    return ingress.bind(args["limits"], engines)
+    shared = accounts.bind() if args["shared_accounts"] else None
+    return ingress.bind(args["store"], args["settings"], engines, shared)
 
 
-def _check_capacity(config: RunConfig, joined: Session) -> None:
-    threads, replicas = config.serve.threads_per_replica, config.serve.replicas
-    if threads * replicas > joined.cpus:
+def _check_capacity(config: RunConfig, joined: Session, models: int) -> None:
+    threads = config.serve.threads_per_replica
+    # What follows the load takes what there is; what is fixed must fit.
+    replicas = config.serve.replicas if isinstance(config.serve.replicas, int) else 1
+    wanted = threads * replicas * models
+    if wanted > joined.cpus:
         raise CapacityError(
-            f"serve.replicas {replicas} with serve.threads_per_replica {threads} need "
-            f"{threads * replicas} CPUs and the cluster has {joined.cpus}: take fewer"
+            f"serve.replicas {replicas} with serve.threads_per_replica {threads} of {models} "
+            f"model(s) need {wanted} CPUs and the cluster has {joined.cpus}: take fewer"
         )
-    if joined.gpus and replicas > joined.gpus:
+    if joined.gpus and config.serve.gpus_per_replica is None and replicas * models > joined.gpus:
         raise CapacityError(
-            f"serve.replicas {replicas} needs as many GPUs and the cluster has {joined.gpus}: "
-            f"take serve.replicas={joined.gpus} or fewer"
+            f"serve.replicas {replicas} of {models} model(s) need as many GPUs and the cluster has "
+            f"{joined.gpus}: take serve.replicas={joined.gpus} or fewer, or a share of a GPU each "
+            "with serve.gpus_per_replica"
         )
 
 
@@ -112,9 +154,9 @@ def _shipped_code() -> Mapping[str, Any]:
     return {key: job[key] for key in ("working_dir", "py_modules") if job.get(key)}
 
 
-def _stay(url: str, model: Artifact, joined: Session) -> None:
+def _stay(url: str, models: str, joined: Session) -> None:
     """Until Ctrl-C, which is the ordinary end and no fault."""
-    progress.say(f"serving {model.id} at {url}. Ctrl-C stops " + ("it" if joined.ours else "here"))
+    progress.say(f"serving {models} at {url}. Ctrl-C stops " + ("it" if joined.ours else "here"))
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
@@ -123,20 +165,30 @@ def _stay(url: str, model: Artifact, joined: Session) -> None:
         )
 
 
-def _ask_itself(config: RunConfig, url: str, model: Artifact) -> StageResult:
-    """One request over HTTP, as any client would send it."""
-    from serving import deploy
+@dataclass(frozen=True)
+class Asked:
+    """A service, and the key to ask it with."""
 
-    route = deploy.card(model).route
+    url: str
+    key: str | None
+
+
+def _ask_itself(config: RunConfig, service: Asked, served: Served) -> StageResult:
+    """One request over HTTP, as any client would send it."""
+    from serving import rest
+
+    url, card = service.url, served.card
     began = time.monotonic()
-    if route == "classify":
-        answer = deploy.call(f"{url}/v1/classify", _stroke(model.name))["data"][0]
+    timeout = config.serve.deadline_seconds + 10
+    if card.route == "classify":
+        asked = rest.call(f"{url}/v1/classify", _stroke(card.id), timeout, service.key)
+        answer = asked["data"][0]
         headline = f"{url}: a vertical stroke is {answer['label']} ({answer['score']:.2f})"
         seconds = time.monotonic() - began
         progress.say(f"serve: {headline}")
         return StageResult(None, headline, {"answer_seconds": seconds}, url)
-    body = _completion(config, model)
-    answer = deploy.call(f"{url}/v1/completions", body, config.serve.deadline_seconds + 10)
+    body = _completion(config, served)
+    answer = rest.call(f"{url}/v1/completions", body, timeout, service.key)
     seconds = time.monotonic() - began
     progress.say(f"serve: asked {body['prompt']!r}, answered {answer['choices'][0]['text']!r}")
     rate = answer["usage"]["completion_tokens"] / seconds
@@ -144,11 +196,11 @@ def _ask_itself(config: RunConfig, url: str, model: Artifact) -> StageResult:
     return StageResult(None, f"{url}, {rate:.0f} tokens/s", metrics, url)
 
 
-def _completion(config: RunConfig, model: Artifact) -> dict[str, Any]:
-    context = int(model.manifest.detail["context_length"])
+def _completion(config: RunConfig, served: Served) -> dict[str, Any]:
+    context = int(served.card.context_length or 2 * SAMPLE_TOKENS)
     tokens = max(1, min(SAMPLE_TOKENS, config.serve.max_tokens, context // 2))
     prompt = config.evaluate.prompt
-    return {"model": model.name, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    return {"model": served.card.id, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
 
 
 def _stroke(model: str) -> dict[str, Any]:

@@ -5,66 +5,92 @@ The config goes to the dashboard's REST API (`PUT /api/serve/applications/`). A 
 and code stay the same for the life of the application.
 """
 
-import json
-import re
+import ipaddress
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import yaml
+
 from cluster.config import ServeSection
-from cluster.errors import PortError, ServingError
-from cluster.storage import Artifact
-from pipelines import families
-from serving.schema import ModelCard
+from cluster.errors import ConfigError
+from serving.auth import Key, KeyFile, new_key
+from serving.models import Served
 
 APPLICATION = "heliostat"
 IMPORT_PATH = "serving.app:build"
-INGRESS = "Ingress"
-READY_SECONDS = 300.0
-POLL_SECONDS = 0.25
-MAX_CAUSE = 400
-"""Characters of a replica's explanation that are shown."""
-EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt): ")
+INGRESS, ACCOUNTS = "Ingress", "Accounts"
 INGRESS_REQUESTS = 1000
 """Requests that one ingress replica holds; the engines' own bounds refuse long before."""
+OPERATOR_SECONDS = 900
+"""Life of the key with which a deployment asks its own service."""
+METRICS_SECONDS = 1.0
+"""Replicas tell how busy they are so often, where their number follows the load."""
 
 
-def card(model: Artifact) -> ModelCard:
-    manifest = model.manifest
-    return ModelCard(
-        id=model.name,
-        artifact=model.id,
-        created=int(datetime.fromisoformat(manifest.created).timestamp()),
-        route=families.load(manifest.detail["family"]).route,
-        context_length=manifest.detail.get("context_length"),
+@dataclass(frozen=True)
+class Shape:
+    """What the cluster decides about an application."""
+
+    gpus_per_replica: float = 0
+    ingress_replicas: int = 1
+
+
+def shape(config: ServeSection, *, ours: bool, gpus: int) -> Shape:
+    """
+    Args:
+        ours: whether this is a Ray of our own, on one machine.
+        gpus: of the cluster.
+    """
+    wanted = config.gpus_per_replica
+    return Shape(
+        wanted if wanted is not None else (1 if gpus else 0),
+        config.ingress_replicas or (1 if ours else 2),
     )
 
 
 def application(
-    config: ServeSection, model: Artifact, *, gpus: bool, runtime_env: Mapping[str, Any]
+    config: ServeSection,
+    store: str,
+    models: Sequence[Served],
+    shape: Shape,
+    *,
+    runtime_env: Mapping[str, Any],
+    operator: Key | None = None,
 ) -> dict[str, Any]:
-    """The application's part of a Serve config."""
-    capacity = config.max_concurrent + config.max_waiting
-    shutdown = {
-        # A replica that goes finishes what it runs, within the deadline of a request.
-        "graceful_shutdown_wait_loop_s": 0.5,
-        "graceful_shutdown_timeout_s": config.deadline_seconds,
-    }
+    """The application's part of a Serve config.
+
+    Args:
+        store: uri of the storage root.
+        operator: the key with which its deployment asks it.
+    """
+    shared = shape.ingress_replicas > 1
+    deployments = [_ingress(config, models, shape, operator)]
+    if shared:
+        deployments.append(_accounts(config))
+    deployments += [_engine(config, served, shape) for served in models]
     return {
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
         "runtime_env": dict(runtime_env),
         "args": {
-            "store": model.store.uri,
-            "models": [model.name],
-            "limits": {
+            "store": store,
+            "models": [served.card.id for served in models],
+            "shared_accounts": shared,
+            "settings": {
                 "max_tokens": config.max_tokens,
                 "choices": config.max_concurrent,
                 "deadline_seconds": config.deadline_seconds,
+                "max_body_bytes": config.max_body_bytes,
+                "max_requests": INGRESS_REQUESTS,
+                "loopback": is_loopback(config.host),
+                "quota": {
+                    "requests_per_minute": config.requests_per_minute,
+                    "tokens_per_minute": config.tokens_per_minute,
+                    "concurrent": config.concurrent_per_key,
+                },
             },
             "engine": {
                 "slots": config.max_concurrent,
@@ -73,30 +99,90 @@ def application(
                 **config.engine.model_dump(),
             },
         },
-        "deployments": [
-            {
-                "name": INGRESS,
-                "num_replicas": 1,
-                "max_ongoing_requests": INGRESS_REQUESTS,
-                "ray_actor_options": {"num_cpus": 0},
-                "user_config": {"models": [card(model).__dict__]},
-                **shutdown,
-            },
-            {
-                "name": model.name,
-                "num_replicas": config.replicas,
-                # The engine refuses by itself; Serve must not queue in front of it unseen.
-                "max_ongoing_requests": capacity + config.max_concurrent,
-                "max_queued_requests": config.replicas * capacity + config.max_concurrent,
-                "max_constructor_retry_count": 2,
-                "ray_actor_options": {
-                    "num_cpus": config.threads_per_replica,
-                    "num_gpus": 1 if gpus else 0,
-                },
-                "user_config": {"model": model.id},
-                **shutdown,
-            },
-        ],
+        "deployments": deployments,
+    }
+
+
+def _shutdown(config: ServeSection) -> dict[str, Any]:
+    """A replica that goes finishes what it runs, within the deadline of a request."""
+    return {
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "graceful_shutdown_timeout_s": config.deadline_seconds + 5,
+    }
+
+
+def _ingress(
+    config: ServeSection, models: Sequence[Served], shape: Shape, operator: Key | None
+) -> dict[str, Any]:
+    known = operator and {
+        "id": operator.id,
+        "digest": operator.digest,
+        "expires": operator.expires,
+    }
+    return {
+        "name": INGRESS,
+        "num_replicas": shape.ingress_replicas,
+        # The ingress refuses by itself, in the conventions' shape, before Serve would.
+        "max_ongoing_requests": 2 * INGRESS_REQUESTS,
+        "max_queued_requests": INGRESS_REQUESTS,
+        "backpressure_config": {"status_code": 503, "retry_after_s": 1},
+        "max_surge_percent": config.max_surge_percent,
+        "ray_actor_options": {"num_cpus": 0},
+        "user_config": {
+            "models": [asdict(served.card) for served in models],
+            "operator": known,
+        },
+        **_shutdown(config),
+    }
+
+
+def _accounts(config: ServeSection) -> dict[str, Any]:
+    """One replica, because it is the one place where keys' use is written down."""
+    return {
+        "name": ACCOUNTS,
+        "num_replicas": 1,
+        "max_ongoing_requests": 2 * INGRESS_REQUESTS,
+        "max_surge_percent": config.max_surge_percent,
+        "ray_actor_options": {"num_cpus": 0},
+        **_shutdown(config),
+    }
+
+
+def _engine(config: ServeSection, served: Served, shape: Shape) -> dict[str, Any]:
+    capacity = config.max_concurrent + config.max_waiting
+    return {
+        "name": served.card.id,
+        **_replicas(config),
+        # The engine refuses by itself; Serve must not queue in front of it unseen.
+        "max_ongoing_requests": capacity + config.max_concurrent,
+        "max_queued_requests": config.most_replicas * capacity + config.max_concurrent,
+        "max_constructor_retry_count": 2,
+        "max_surge_percent": config.max_surge_percent,
+        # A replica that was killed is missed within seconds.
+        "health_check_period_s": 2,
+        "ray_actor_options": {
+            "num_cpus": config.threads_per_replica,
+            "num_gpus": shape.gpus_per_replica,
+        },
+        "user_config": {"model": served.artifact.id},
+        **_shutdown(config),
+    }
+
+
+def _replicas(config: ServeSection) -> dict[str, Any]:
+    if isinstance(config.replicas, int):
+        return {"num_replicas": config.replicas}
+    least, most = config.replicas
+    return {
+        "autoscaling_config": {
+            "min_replicas": least,
+            "max_replicas": most,
+            "target_ongoing_requests": max(1.0, config.target_load * config.max_concurrent),
+            "metrics_interval_s": METRICS_SECONDS,
+            "look_back_period_s": max(METRICS_SECONDS, config.upscale_seconds),
+            "upscale_delay_s": config.upscale_seconds,
+            "downscale_delay_s": config.downscale_seconds,
+        }
     }
 
 
@@ -107,156 +193,49 @@ def serve_config(
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": config.host, "port": config.port},
-        "logging_config": {"enable_access_log": False},
+        # Lines of JSON, of which our own name each request; none holds what was said in it.
+        "logging_config": {"enable_access_log": False, "encoding": "JSON"},
         "applications": [*others, dict(ours)],
     }
 
 
-class Serve:
-    """The REST API of one cluster's Serve.
-
-    Args:
-        dashboard: `host:port` of Ray's dashboard.
-    """
-
-    def __init__(self, dashboard: str) -> None:
-        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
-        try:
-            self._client = ServeSubmissionClient(f"http://{dashboard}")
-        except (ConnectionError, RuntimeError) as error:
-            raise ServingError(
-                f"Ray's dashboard at {dashboard} cannot be reached: {error}"
-            ) from None
-
-    def deploy(self, config: ServeSection, ours: Mapping[str, Any]) -> None:
-        """
-        Raises:
-            PortError: if Serve runs on this cluster already and listens elsewhere.
-            ServingError: if it refuses the config.
-        """
-        details = self._client.get_serve_details()
-        _check_listening(details, config)
-        others = [
-            app["deployed_app_config"]
-            for name, app in details.get("applications", {}).items()
-            if name != APPLICATION and app.get("deployed_app_config")
-        ]
-        try:
-            self._client.deploy_applications(serve_config(config, ours, others))
-        except RuntimeError as error:
-            raise ServingError(f"Ray Serve refused the application: {error}") from None
-
-    def wait(self, ours: Mapping[str, Any], seconds: float = READY_SECONDS) -> None:
-        """Until the application runs as deployed.
-
-        Raises:
-            ServingError: with the reason that its replicas give.
-        """
-        ends = time.monotonic() + seconds
-        while True:
-            app = self._client.get_serve_details()["applications"].get(APPLICATION, {})
-            status = app.get("status", "NOT_STARTED")
-            if status == "RUNNING" and _settled(app, ours):
-                return
-            if status in {"DEPLOY_FAILED", "UNHEALTHY"}:
-                raise ServingError(f"the service did not come up: {failure(app)}")
-            if time.monotonic() > ends:
-                raise ServingError(
-                    f"the service is still {status} after {seconds:.0f} s: {failure(app)}"
-                )
-            time.sleep(POLL_SECONDS)
+HEAD = """\
+# Written by `heliostat serve --write-config`. On a cluster that has Heliostat installed:
+#   serve deploy THIS_FILE
+# For HAProxy, start every node with RAY_SERVE_ENABLE_HA_PROXY=1, RAY_SERVE_THROUGHPUT_OPTIMIZED=1
+# and RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serving.border:middlewares (its binary, in Ray's
+# wheel, is GPLv2). A newer model loads in place: change its version in both user_configs.
+"""
 
 
-def _settled(app: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """Whether every deployment is healthy with our configuration.
-
-    The status alone is not enough: for a moment after an update it still speaks of what was before.
-    """
-    deployments = app.get("deployments", {})
-    return all(
-        deployments.get(wanted["name"], {}).get("status") == "HEALTHY"
-        and deployments[wanted["name"]]["deployment_config"]["user_config"] == wanted["user_config"]
-        for wanted in ours["deployments"]
-    )
+def as_yaml(tree: Mapping[str, Any]) -> str:
+    """For `serve deploy`, with a head that says how."""
+    return HEAD + yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
 
 
-def failure(app: Mapping[str, Any]) -> str:
-    """What each deployment that is not healthy says, in a line."""
-    reasons = [
-        f"{name}: {cause(deployment['message'])}"
-        for name, deployment in app.get("deployments", {}).items()
-        if deployment.get("status") != "HEALTHY" and deployment.get("message", "").strip()
-    ]
-    fallback = cause(str(app.get("message", ""))) or "no reason was given"
-    return "; ".join(reasons) or fallback
-
-
-def cause(message: str) -> str:
-    """The last exception of a traceback with its explanation, or the message itself; one line."""
-    lines = message.strip().splitlines()
-    starts = [at for at, line in enumerate(lines) if EXCEPTION.match(line)]
-    return " ".join(" ".join(lines[starts[-1] if starts else 0 :]).split())[:MAX_CAUSE]
-
-
-def _check_listening(details: Mapping[str, Any], config: ServeSection) -> None:
-    """Serve takes its address when it first starts; a later one would be ignored in silence."""
-    options = details.get("http_options") or {}
-    if not details.get("controller_info", {}).get("node_id"):
-        return
-    running = (options.get("host"), options.get("port"))
-    if running != (config.host, config.port):
-        raise PortError(
-            f"Serve runs on this cluster already, on {running[0]}:{running[1]}: take "
-            f"serve.host={running[0]} serve.port={running[1]}, or end it with `serve shutdown`"
-        )
-
-
-def url_of(config: ServeSection) -> str:
-    """Where a client on this machine finds the service."""
-    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-    host = everywhere.get(config.host, config.host)
-    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
-
-
-def call(url: str, body: Mapping[str, Any] | None = None, timeout: float = 60.0) -> Any:
-    """One request to our own service, past any proxy that the environment names.
-
-    Raises:
-        ServingError: with what it answered.
-    """
-    request = urllib.request.Request(
-        url,
-        None if body is None else json.dumps(body).encode(),
-        {"content-type": "application/json"},
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def is_loopback(host: str) -> bool:
     try:
-        with opener.open(request, timeout=timeout) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")[:500]
-        raise ServingError(f"{url} answered {error.code}: {text}") from None
-    except (OSError, ValueError) as error:
-        raise ServingError(f"{url} did not answer: {error}") from None
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
-def wait_for_model(url: str, model: Artifact, seconds: float = 30.0) -> None:
-    """Until HTTP itself shows the version: proxies learn of a new one a moment after Serve.
+def check_guarded(config: ServeSection, keys: KeyFile) -> bool:
+    """Whether the service has keys.
 
     Raises:
-        ServingError: if it does not.
+        ConfigError: where it has none, or none that is valid, and is to be open to the network.
     """
-    ends = time.monotonic() + seconds
-    while True:
-        try:
-            served = [card["artifact"] for card in call(f"{url}/v1/models")["data"]]
-        except ServingError:
-            if time.monotonic() > ends:
-                raise
-            served = []
-        if model.id in served:
-            return
-        if time.monotonic() > ends:
-            raise ServingError(f"{url} shows {', '.join(served)} and not {model.id}")
-        time.sleep(POLL_SECONDS)
+    found = keys.read()
+    if is_loopback(config.host) or (found and any(k.state(time.time()) == "valid" for k in found)):
+        return found is not None
+    raise ConfigError(
+        f"serve.host {config.host} opens the service to the network and {keys.place} holds no "
+        "valid key: make one with `heliostat keys create NAME`, or take serve.host=127.0.0.1"
+    )
+
+
+def operator_key() -> tuple[str, Key]:
+    """A key for the deployment itself, which nobody stores."""
+    expires = int(time.time()) + OPERATOR_SECONDS
+    return new_key("operator", expires=expires)

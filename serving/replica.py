@@ -9,7 +9,8 @@ import ray.serve
 
 from cluster.storage import Artifact, Store
 from pipelines import families
-from serving.engines.base import Engine, Event, Request
+from serving.engines.base import Engine, Event, Request, Stats
+from serving.seen import Meter
 
 
 @ray.serve.deployment
@@ -24,6 +25,7 @@ class ModelReplica:
         self._store = Store(store)
         self._options = dict(engine)
         self._engine: Engine | None = None
+        self._meter: Meter | None = None
 
     async def reconfigure(self, user_config: Mapping[str, str]) -> None:
         """Load `model/NAME@VERSION`; requests that run on the one before finish on it."""
@@ -32,19 +34,22 @@ class ModelReplica:
         artifact = self._store.artifact(kind, name, int(version))
         loaded = await asyncio.to_thread(load_engine, artifact, self._options)
         before, self._engine = self._engine, loaded
+        if self._meter is not None:
+            self._meter.close()
+        self._meter = Meter(name, version, loaded.stats)
         if before is not None:
             before.close()
 
     async def submit(self, request: Request) -> AsyncIterator[Event]:
-        assert self._engine is not None  # Serve configures a replica before it gets requests
-        async with aclosing(self._engine.submit(request)) as events:  # type: ignore[type-var]
+        assert self._engine is not None and self._meter is not None  # configured before requests
+        watched = self._meter.watched(self._engine.submit(request))
+        async with aclosing(watched) as events:  # type: ignore[type-var]
             async for event in events:
                 yield event
 
-    async def stats(self) -> dict[str, int]:
+    async def stats(self) -> Stats:
         assert self._engine is not None
-        now = self._engine.stats()
-        return {"running": now.running, "waiting": now.waiting}
+        return self._engine.stats()
 
     def check_health(self) -> None:
         if self._engine is not None:

@@ -7,44 +7,83 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.engines.base import Event, Failed, Finished, Started, Tokens, is_last
-from serving.schema import (
-    RequestError,
-    choice_body,
-    completion_body,
-    usage_body,
+from serving.answers import Style, usage_body
+from serving.engines.base import (
+    Event,
+    Failed,
+    Finished,
+    PromptScored,
+    Started,
+    TokenLogprob,
+    Tokens,
+    is_last,
 )
+from serving.schema import RequestError
 
 DONE = b"data: [DONE]\n\n"
 Indexed = tuple[int, Event]
 
 
 @dataclass
+class Used:
+    """Tokens that a call has taken so far."""
+
+    tokens: int = 0
+
+
+@dataclass
 class Tally:
     """What is known of one answer while it comes."""
 
-    id: str
+    style: Style
+    identity: str
     created: int
     model: str
     """Name that the request gave."""
-    artifact: str = ""
+    scored: bool = False
+    """Whether log-probabilities were asked for."""
     prompt_tokens: dict[int, int] = field(default_factory=dict)
+    cached_tokens: dict[int, int] = field(default_factory=dict)
     completion_tokens: int = 0
+    used: Used = field(default_factory=Used)
 
-    def note(self, index: int, event: Event, prompt: int) -> None:
-        """Count an event of choice `index`, which continues prompt number `prompt`."""
+    def note(self, event: Event, prompt: int) -> None:
+        """Count an event of a choice that continues prompt number `prompt`."""
+        # Choices of one prompt share it: it is counted once.
         if isinstance(event, Started):
-            self.artifact = event.model
-            # Choices of one prompt share it: it is counted once.
+            self.used.tokens += event.prompt_tokens - self.prompt_tokens.get(prompt, 0)
             self.prompt_tokens[prompt] = event.prompt_tokens
+        elif isinstance(event, Tokens):
+            self.used.tokens += len(event.ids)
         elif isinstance(event, Finished):
             self.completion_tokens += event.completion_tokens
+            known = self.cached_tokens.get(prompt, event.cached_tokens)
+            self.cached_tokens[prompt] = min(known, event.cached_tokens)
 
-    def usage(self) -> dict[str, int]:
-        return usage_body(sum(self.prompt_tokens.values()), self.completion_tokens)
+    def usage(self) -> dict[str, Any]:
+        return usage_body(
+            sum(self.prompt_tokens.values()),
+            self.completion_tokens,
+            sum(self.cached_tokens.values()),
+        )
 
-    def body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return completion_body(self.id, self.created, self.model, choices)
+    def scores(self, found: Sequence[TokenLogprob]) -> Sequence[TokenLogprob] | None:
+        return found if self.scored else None
+
+    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._body(self.style.whole_object, choices), "usage": self.usage()}
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._body(self.style.chunk_object, choices)
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"{self.style.prefix}-{self.identity}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
 
 
 async def merge(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Indexed]:
@@ -122,24 +161,37 @@ async def chained(first: Sequence[Indexed], rest: AsyncIterator[Indexed]) -> Asy
         yield item
 
 
+@dataclass
+class _Choice:
+    text: list[str] = field(default_factory=list)
+    scores: list[TokenLogprob] = field(default_factory=list)
+    reason: str = ""
+
+
 async def collect(tally: Tally, events: AsyncIterator[Indexed], n: int) -> dict[str, Any]:
     """The whole answer.
 
     Raises:
         RequestError: if one of the choices failed.
     """
-    texts: dict[int, list[str]] = {}
-    reasons: dict[int, str] = {}
+    choices: dict[int, _Choice] = {}
     async for index, event in events:
-        tally.note(index, event, index // n)
+        tally.note(event, index // n)
         if isinstance(event, Failed):
             raise RequestError.of(event)
+        choice = choices.setdefault(index, _Choice())
         if isinstance(event, Started | Tokens):
-            texts.setdefault(index, []).append(event.text)
-        elif isinstance(event, Finished):
-            reasons[index] = event.reason
-    choices = [choice_body(i, "".join(texts[i]), reasons[i]) for i in sorted(texts)]
-    return {**tally.body(choices), "usage": tally.usage()}
+            choice.text.append(event.text)
+        if isinstance(event, PromptScored | Tokens):
+            choice.scores += event.logprobs
+        if isinstance(event, Finished):
+            choice.reason = event.reason
+    return tally.whole(
+        [
+            tally.style.whole(at, "".join(one.text), tally.scores(one.scores), one.reason)
+            for at, one in sorted(choices.items())
+        ]
+    )
 
 
 async def server_sent(
@@ -149,27 +201,34 @@ async def server_sent(
     extra: dict[str, Any] = {"usage": None} if include_usage else {}
     async with aclosing(_chunks(tally, events, n)) as chunks:  # type: ignore[type-var]
         try:
-            async for chunk in chunks:
-                yield frame({**chunk, **extra})
+            async for choice in chunks:
+                yield frame({**tally.chunk([choice]), **extra})
         except RequestError as error:
             yield frame(error.body())
             return
     if include_usage:
-        yield frame({**tally.body([]), "usage": tally.usage()})
+        yield frame({**tally.chunk([]), "usage": tally.usage()})
     yield DONE
 
 
 async def _chunks(
     tally: Tally, events: AsyncIterator[Indexed], n: int
 ) -> AsyncIterator[dict[str, Any]]:
+    """Choices of one chunk each."""
+    style, sent = tally.style, dict[int, int]()
     async for index, event in events:
-        tally.note(index, event, index // n)
+        tally.note(event, index // n)
         if isinstance(event, Failed):
             raise RequestError.of(event)
-        if isinstance(event, Started | Tokens) and event.text:
-            yield tally.body([choice_body(index, event.text, None)])
-        elif isinstance(event, Finished):
-            yield tally.body([choice_body(index, "", event.reason)])
+        if isinstance(event, Started) and (opening := style.opening(index)) is not None:
+            yield opening
+        text = event.text if isinstance(event, Started | Tokens) else ""
+        scores = event.logprobs if isinstance(event, PromptScored | Tokens) else ()
+        if text or scores:
+            yield style.piece(index, text, tally.scores(scores), sent.get(index, 0))
+            sent[index] = sent.get(index, 0) + sum(len(score.token.text) for score in scores)
+        if isinstance(event, Finished):
+            yield style.ending(index, event.reason)
 
 
 def frame(tree: dict[str, Any]) -> bytes:

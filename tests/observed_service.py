@@ -14,24 +14,27 @@ import torch
 
 from cluster.config import RunConfig
 from cluster.placement import Room
+from cluster.proxy import environment
 from cluster.registry import Registry
 from cluster.session import open_store
-from cluster.stages import required
 from cluster.storage import Artifact
 from pipelines import evaluate, publish
 from pipelines.evaluation import plots
 from pipelines.evaluation.trained import Trained
-from serving import app, deploy
+from serving import app, deploy, models, rest
+from serving.auth import KeyFile, new_key
+from serving.completion import parse_completion
 from serving.engines import loading
 from serving.engines.base import Event, Finished, GenerationRequest, Started, Tokens
 from serving.engines.linear import Int8
 from serving.engines.scheduler import Scheduler
 from serving.ingress import Ingress
 from serving.replica import load_engine
-from serving.schema import RequestError, parse_completion
+from serving.schema import RequestError
 from tests import fakes, tiny_model
 from tests import trained as made
 from tests.observed_data import joined, patched
+from tests.scripted import call
 
 
 @cache
@@ -116,23 +119,26 @@ class ServeApi:
 
 
 def _served(config: RunConfig) -> tuple[dict[str, Any], Any]:
-    """The whole Serve config of a tiny model, and the stage's result."""
+    """The whole Serve config of two tiny models, and the stage's result."""
     answer = {"choices": [{"text": "好"}], "usage": {"completion_tokens": 1}}
-    detail = {"family": "causal_lm", "context_length": 128}
-    fakes.commit(open_store(config), "model", detail=detail)
+    store = open_store(config)
+    for name in ("demo", "other"):
+        fakes.commit(store, "model", name, detail={"family": "causal_lm", "context_length": 128})
+    if not (Path(store.base) / "keys.json").exists():
+        KeyFile(store).add(new_key("test")[1])
     with patched() as patch:
         patch.setattr(app, "session", joined)
         patch.setattr(app, "_shipped_code", dict)
-        patch.setattr(deploy, "Serve", ServeApi)
-        patch.setattr(deploy, "wait_for_model", lambda url, model: None)
-        patch.setattr(deploy, "call", lambda url, body, timeout: answer)
+        patch.setattr(rest, "Serve", ServeApi)
+        patch.setattr(rest, "wait_for_models", lambda *given: None)
+        patch.setattr(rest, "call", lambda *given: answer)
         result = app.run(config)
     return ServeApi.deployed, result
 
 
-def _args(config: RunConfig) -> dict[str, Any]:
-    args: dict[str, Any] = _served(config)[0]["applications"][0]["args"]
-    return args
+def _application(config: RunConfig) -> dict[str, Any]:
+    application: dict[str, Any] = _served(config)[0]["applications"][0]
+    return application
 
 
 def http(config: RunConfig) -> tuple[Any, str]:
@@ -144,16 +150,22 @@ def stays(config: RunConfig) -> bool:
     return _served(config)[1].stay is not None
 
 
-def replicas(config: RunConfig) -> list[tuple[str, int]]:
-    deployments = _served(config)[0]["applications"][0]["deployments"]
-    return [(one["name"], one["num_replicas"]) for one in deployments]
+def deployments(config: RunConfig) -> list[dict[str, Any]]:
+    """What Serve is told of each deployment; the operator's key is another one each time."""
+    told = _application(config)["deployments"]
+    return [{k: v for k, v in one.items() if k != "user_config"} for one in told]
+
+
+def models_served(config: RunConfig) -> list[str]:
+    return [one["user_config"]["model"] for one in _application(config)["deployments"][1:]]
 
 
 def threads(config: RunConfig) -> int:
     """Of the process that a replica has loaded its engine in."""
+    options = _application(config)["args"]["engine"]
     model, before = tiny_model.publish(open_store(config), Path("tiny")), torch.get_num_threads()
     try:
-        load_engine(model, _args(config)["engine"]).close()
+        load_engine(model, options).close()
         return torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
@@ -164,14 +176,14 @@ def runner(config: RunConfig) -> tuple[str, int, int]:
     model = tiny_model.publish(open_store(config), Path("tiny"))
     with patched() as patch:
         patch.setattr(loading, "seconds", lambda linear, _: [not isinstance(linear, Int8)])
-        engine: Any = load_engine(model, _args(config)["engine"])
+        engine: Any = load_engine(model, _application(config)["args"]["engine"])
     engine.close()
     return engine._runner.precision, engine._runner.context_length, engine._runner.spare
 
 
 def queue(config: RunConfig) -> tuple[int, int]:
     """Of 100 requests at once: how many run, and how many are taken."""
-    options = _args(config)["engine"]
+    options = _application(config)["args"]["engine"]
     scheduler = Scheduler(options["slots"], options["max_waiting"])
     taken = sum(scheduler.submit(str(n)) for n in range(100))
     for _ in range(100):
@@ -179,17 +191,28 @@ def queue(config: RunConfig) -> tuple[int, int]:
     return scheduler.running, taken
 
 
+def proxy(config: RunConfig) -> dict[str, str]:
+    """What a Ray of our own starts with."""
+    with patched() as patch:
+        patch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+        return environment(config.serve)
+
+
 def _ingress(config: RunConfig, engine: Any = None) -> Any:
     deployment: Any = Ingress
     below_serve = deployment.func_or_class.__mro__[1]  # the class as it is written
-    service = below_serve(_args(config)["limits"], {"demo": engine})._service
-    service.gateway.show([deploy.card(required("serve", open_store(config), config))])
-    return service
+    args = _application(config)["args"]
+    made = below_serve(args["store"], args["settings"], {"demo": engine or Handle()})
+    secret, operator = deploy.operator_key()
+    cards = [served.card.__dict__ for served in models.chosen(config, open_store(config))]
+    known = {"id": operator.id, "digest": operator.digest, "expires": operator.expires}
+    made.reconfigure({"models": cards, "operator": known})
+    return made, secret
 
 
 def longest_answer(config: RunConfig) -> bool:
     """Whether a request may ask for 100 tokens."""
-    limits = _ingress(config).limits
+    limits = _ingress(config)[0].service.limits
     try:
         parse_completion(b'{"model": "demo", "prompt": "a", "max_tokens": 100}', limits)
     except RequestError:
@@ -204,12 +227,46 @@ async def _dawdle(request: GenerationRequest) -> AsyncIterator[Event]:
     yield Finished("length", 1)
 
 
-def answer_in_time(config: RunConfig) -> Any:
+class Handle:
+    """Of a deployment whose engine takes a while."""
+
+    def options(self, stream: bool) -> Any:
+        return SimpleNamespace(submit=SimpleNamespace(remote=Events))
+
+
+class Events:
+    """What a handle's call gives: events, and a way to give them up."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self._events = _dawdle(request)
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self._events
+
+    def cancel(self) -> None:
+        pass
+
+
+def _asked(config: RunConfig, **body: Any) -> Any:
+    made, secret = _ingress(config)
+    asked = {"model": "demo", "prompt": "a", "max_tokens": 1, **body}
+    headers = {"authorization": f"Bearer {secret}"}
+    border = made.__serve_build_asgi_app__()
+    return call(border, "POST", "/v1/completions", json=asked, headers=headers)
+
+
+def answer_in_time(config: RunConfig) -> int:
     """What a request gets from an engine that takes a while."""
-    handle = SimpleNamespace(submit=SimpleNamespace(remote=_dawdle))
-    service = _ingress(config, SimpleNamespace(options=lambda stream: handle))
-    body = b'{"model": "demo", "prompt": "a", "max_tokens": 1}'
-    try:
-        return asyncio.run(service.complete(body, "request")).status_code
-    except RequestError as error:
-        return error.status
+    status: int = _asked(config).status_code
+    return status
+
+
+def long_body(config: RunConfig) -> int:
+    """What a request of five kilobytes gets."""
+    status: int = _asked(config, user="a" * 5000).status_code
+    return status
+
+
+def quota(config: RunConfig) -> Any:
+    """Of a key that has none of its own."""
+    return _ingress(config)[0].admission._default

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
+
 # Set before anything imports ray: its configuration is read at import.
 # Short, because Ray's unix sockets live below it and their paths are limited to 107 bytes.
 _TEMPORARY = tempfile.mkdtemp(prefix="hs-", dir="/tmp")
@@ -17,6 +19,10 @@ os.environ["RAY_AUTH_TOKEN"] = "0" * 63 + "1"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["RAY_DEDUP_LOGS"] = "0"
+# Several sessions may run on a machine; and lines of a log that a test reads must be out at once.
+for _name in ("STATS", "METRICS"):
+    os.environ[f"RAY_SERVE_HAPROXY_{_name}_PORT"] = str(free_port())
+os.environ["RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE"] = "1"
 
 
 @pytest.fixture(scope="session")

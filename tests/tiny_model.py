@@ -6,9 +6,14 @@ from typing import Any
 from cluster.storage import Artifact, Store
 
 CONTEXT = 128
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+"""Short, so that a chat fits into the context."""
 
 
-def write(folder: Path, seed: int = 0) -> None:
+def write(folder: Path, seed: int = 0, template: str | None = None) -> None:
     """Hugging Face layout. The vocabulary is the 256 bytes and an end-of-text token."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -19,9 +24,11 @@ def write(folder: Path, seed: int = 0) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    ).save_pretrained(folder)
+    )
+    fast.chat_template = template
+    fast.save_pretrained(folder)
     end = vocabulary["<|endoftext|>"]
     shape = LlamaConfig(
         vocab_size=len(vocabulary),
@@ -44,10 +51,12 @@ def write(folder: Path, seed: int = 0) -> None:
     model.save_pretrained(folder)
 
 
-def publish(store: Store, folder: Path, name: str = "tiny", seed: int = 0) -> Artifact:
+def publish(
+    store: Store, folder: Path, name: str = "tiny", seed: int = 0, template: str | None = None
+) -> Artifact:
     """Commit such a model, written in `folder` first."""
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, seed)
+    write(folder, seed, template)
     staging = store.stage("model", name)
     return staging.commit(
         staging.copy_tree(folder),

@@ -12,12 +12,12 @@ from cluster.config.base import OPERATIONAL, Section
 from cluster.config.data import Data, ImageData, PrepareSection, TextData
 from cluster.config.dedup import DecontaminateSection, DedupSection
 from cluster.config.model import LlamaModel, Model, ResNetModel
+from cluster.config.serve import ServeSection
 from cluster.config.stages import (
     EvaluateSection,
     PublishSection,
     RaySection,
     RegistrySection,
-    ServeSection,
     StorageSection,
 )
 from cluster.config.train import TrainSection

@@ -1,11 +1,10 @@
-"""The short sections: evaluate, publish, registry, serve, ray, storage."""
+"""The short sections: evaluate, publish, registry, ray, storage."""
 
 from typing import Annotated
 
 from pydantic import Field
 
 from cluster.config.base import OPERATIONAL, Positive, Section
-from cluster.config.engine import EngineSection
 
 
 class StorageSection(Section):
@@ -43,26 +42,3 @@ class PublishSection(Section):
 class RegistrySection(Section):
     uri: Annotated[str | None, OPERATIONAL] = None
     """MLflow tracking and registry server; unset is an SQLite file under a local storage root."""
-
-
-class ServeSection(Section):
-    host: Annotated[str, OPERATIONAL] = "127.0.0.1"
-    """Address that HTTP listens on; anything but loopback opens the model to the network."""
-    port: Annotated[int, OPERATIONAL, Field(ge=1, le=65535)] = 8000
-    """Port that HTTP listens on."""
-    wait: Annotated[bool, OPERATIONAL] = True
-    """Stay until Ctrl-C; false returns after one request that the service asked itself."""
-    replicas: Annotated[int, OPERATIONAL, Field(ge=1, le=10_000)] = 1
-    """Engine replicas."""
-    threads_per_replica: Annotated[int, OPERATIONAL, Field(ge=1, le=1024)] = 1
-    """CPU threads of an engine replica, reserved from the cluster."""
-    max_concurrent: Annotated[Positive, OPERATIONAL] = 16
-    """Requests that one engine replica runs at once."""
-    max_waiting: Annotated[int, OPERATIONAL, Field(ge=0)] = 64
-    """Requests that wait for a place before more are refused with 503."""
-    max_tokens: Annotated[Positive, OPERATIONAL] = 1024
-    """Largest `max_tokens` that a request may ask for."""
-    deadline_seconds: Annotated[float, OPERATIONAL, Field(gt=0, le=86_400)] = 60.0
-    """Time in which a request must be answered, queueing included."""
-    engine: EngineSection = EngineSection()
-    """How a replica of a language model computes."""

@@ -2,8 +2,8 @@
 
 import asyncio
 import json
+import os
 import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,64 +12,32 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import yaml
 
-from cluster.config import RunConfig
-from cluster.errors import ArtifactError, PortError, ServingError, UsageError
-from cluster.storage import Artifact, Store
-from serving import app, deploy
+from cluster.errors import ArtifactError, ConfigError, PortError, ServingError, UsageError
+from cluster.storage import Store
+from serving import app
+from serving.auth import KeyFile, Quota, new_key
 from tests import tiny_model
 from tests.fakes import config
+from tests.fuzzing import fire
 from tests.ports import free_port
+from tests.served import PROMPT, Served, busy, memory, pids, until
 
 pytestmark = pytest.mark.cluster
-PROMPT = "def "
-
-
-class Served:
-    """A running service over a store of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.store = Store(str(folder / "root"))
-        self.folder = folder
-        self.model = tiny_model.publish(self.store, folder / "1")
-        self.config: RunConfig = config(
-            "gpt-demo",
-            "name=tiny",
-            f"serve.port={free_port()}",
-            "serve.wait=false",
-            "serve.max_concurrent=4",
-            "serve.max_waiting=2",
-            "serve.deadline_seconds=20",
-            root=self.store.root,
-        )
-        self.result = app.run(self.config)
-        assert self.result.url is not None
-        self.url = self.result.url
-        self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
-        self.openai = openai.OpenAI(
-            base_url=f"{self.url}/v1",
-            api_key="none",
-            max_retries=0,
-            http_client=httpx.Client(trust_env=False),
-        )
-
-    def publish(self, seed: int) -> Artifact:
-        return tiny_model.publish(self.store, self.folder / f"seed{seed}", seed=seed)
-
-    def complete(self, **fields: Any) -> httpx.Response:
-        asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "temperature": 0} | fields
-        return self.http.post("/v1/completions", json=asked)
 
 
 @pytest.fixture(scope="module")
 def served(ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    service = Served(tmp_path_factory.mktemp("serve"))
+    service = Served(
+        tmp_path_factory.mktemp("serve"),
+        "serve.ingress_replicas=2",
+        "serve.max_concurrent=4",
+        "serve.max_waiting=2",
+        "serve.deadline_seconds=20",
+    )
     yield service
-    service.http.close()
-    service.openai.close()
-    import ray.serve
-
-    ray.serve.shutdown()
+    service.close()
 
 
 def test_the_stage_answers_itself_and_reports(served: Served) -> None:
@@ -99,8 +67,74 @@ def test_the_openai_client_completes_and_streams(served: Served) -> None:
     assert "".join(c.choices[0].text for c in chunks if c.choices) == expected
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
-    assert [m.id for m in served.openai.models.list()] == ["tiny"]
+    assert [m.id for m in served.openai.models.list()] == ["tiny", "talker"]
     assert served.openai.models.retrieve("tiny").object == "model"
+
+
+def test_a_chat_renders_the_models_own_template(served: Served) -> None:
+    messages: list[Any] = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "你好"}]},
+    ]
+    common: dict[str, Any] = {"model": "talker", "messages": messages, "temperature": 0}
+    _, expected = tiny_model.greedy(served.folder / "talker", "s:s\nu:你好\na:", 20)
+    whole = served.openai.chat.completions.create(**common, max_completion_tokens=20)
+    assert whole.choices[0].message.content == expected
+    assert whole.choices[0].message.role == "assistant"
+    assert whole.usage is not None and whole.usage.prompt_tokens == len("s:s\nu:你好\na:".encode())
+    chunks = list(served.openai.chat.completions.create(**common, max_tokens=20, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == "length"
+    # Without a limit it goes on while the context has room.
+    endless = served.openai.chat.completions.create(**common)
+    assert endless.usage is not None and endless.usage.total_tokens == tiny_model.CONTEXT
+
+
+def test_a_base_model_says_what_to_do_instead_of_a_chat(served: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match="chat template: use /v1/completions"):
+        served.openai.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "a"}]
+        )
+
+
+def test_log_probabilities_bias_and_penalties(served: Served) -> None:
+    common: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "temperature": 0}
+    plain = served.openai.completions.create(**common, max_tokens=4, logprobs=2, echo=True)
+    scores = plain.choices[0].logprobs
+    assert scores is not None and scores.token_logprobs is not None and scores.tokens is not None
+    assert scores.token_logprobs[0] is None and len(scores.tokens) == len(PROMPT) + 4
+    assert "".join(scores.tokens[: len(PROMPT)]) == PROMPT
+    assert scores.top_logprobs is not None
+    best = max(scores.top_logprobs[-1].items(), key=lambda item: item[1])
+    assert best[0] == scores.tokens[-1] and best[1] == pytest.approx(scores.token_logprobs[-1])
+    [wanted] = served.http.post("/tokenize", json={"model": "tiny", "prompt": "Q"}).json()["tokens"]
+    biased = served.openai.completions.create(**common, max_tokens=4, logit_bias={str(wanted): 100})
+    assert biased.choices[0].text == "QQQQ"
+    shunned = served.openai.completions.create(
+        **common, max_tokens=4, logit_bias={str(wanted): 2}, frequency_penalty=2, presence_penalty=2
+    )
+    assert shunned.choices[0].text != biased.choices[0].text
+    told = served.openai.chat.completions.create(
+        model="talker",
+        messages=[{"role": "user", "content": "好"}],
+        max_tokens=3,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    content = told.choices[0].logprobs
+    assert content is not None and content.content is not None
+    assert [len(token.top_logprobs) for token in content.content] == [2] * len(content.content)
+
+
+def test_text_becomes_tokens_and_text_again(served: Served) -> None:
+    asked = {"model": "tiny", "prompt": "好 a"}
+    tokens = served.http.post("/tokenize", json=asked).json()
+    assert tokens["count"] == 5 and tokens["max_model_len"] == tiny_model.CONTEXT
+    back = served.http.post("/detokenize", json={"model": "tiny", "tokens": tokens["tokens"]})
+    assert back.json()["prompt"] == "好 a"
+    chat = {"model": "talker", "messages": [{"role": "user", "content": "a"}]}
+    assert served.http.post("/tokenize", json=chat).json()["count"] == len("u:a\na:")
 
 
 def test_greedy_over_http_equals_generate_with_a_full_batch(served: Served) -> None:
@@ -141,7 +175,7 @@ def test_a_stream_is_server_sent_events_that_come_one_by_one(served: Served) -> 
         ("GET", "/v1/completions", None, 405, None),
         ("GET", "/v1/models/other", None, 404, "model_not_found"),
         ("POST", "/v1/completions", b"{", 400, None),
-        ("POST", "/v1/completions", b" " * ((1 << 20) + 1), 413, "body_too_large"),
+        ("POST", "/v1/completions", b" " * ((8 << 20) + 1), 413, "body_too_large"),
         ("POST", "/v1/completions", b'{"model":"other","prompt":"a"}', 404, "model_not_found"),
         (
             "POST",
@@ -170,18 +204,10 @@ def test_the_page_comes_with_its_policy(served: Served) -> None:
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "<title>" in answer.text
-    assert served.http.get("/health").json() == {"status": "ok", "models": ["tiny"]}
+    assert served.http.get("/health").json() == {"status": "ok"}
 
 
-def _busy() -> int:
-    import ray.serve
-
-    handle = ray.serve.get_deployment_handle("tiny", deploy.APPLICATION)
-    stats = handle.stats.remote().result()
-    return int(stats["running"] + stats["waiting"])
-
-
-@pytest.mark.parametrize("headers", [{}, {"x-request-disconnect-disabled": "1"}])
+@pytest.mark.parametrize("headers", [{}, {"x-request-disconnect-disabled": "?1"}])
 @pytest.mark.parametrize("stream", [True, False])
 def test_clients_that_vanish_free_their_places(
     served: Served, stream: bool, headers: dict[str, str]
@@ -207,10 +233,7 @@ def test_clients_that_vanish_free_their_places(
                 await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(leave_early())
-    ends = time.monotonic() + 2
-    while _busy() and time.monotonic() < ends:
-        time.sleep(0.02)
-    assert _busy() == 0
+    assert until(lambda: busy() == 0, 10)
 
 
 def test_overload_is_answered_at_once_and_serves_the_rest(served: Served) -> None:
@@ -226,29 +249,75 @@ def test_overload_is_answered_at_once_and_serves_the_rest(served: Served) -> Non
     assert all(retry == "1" for status, retry in answers if status == 503)
 
 
+def test_the_server_has_deadlines_that_no_header_moves(served: Served) -> None:
+    for value in ("0", "nan", "0.001"):
+        answer = served.http.post(
+            "/v1/completions",
+            json={"model": "tiny", "prompt": "a", "max_tokens": 8},
+            headers={"x-request-timeout-seconds": value},
+        )
+        assert answer.status_code == 200
+
+
+def test_odd_requests_break_nothing(served: Served) -> None:
+    before, weight = pids("tiny") + pids("Ingress"), memory(("tiny", "talker", "Ingress"))
+    found = fire(served.http, 200, seed=20261122)
+    print(dict(found))
+    assert {200, 400, 404, 405, 415} <= set(found)
+    assert pids("tiny") + pids("Ingress") == before
+    assert until(lambda: busy() == 0, 5)
+    assert memory(("tiny", "talker", "Ingress")) - weight < 100 * 2**20
+
+
+def test_each_request_leaves_a_line_that_tells_nothing_of_what_was_said(served: Served) -> None:
+    secret_words = "定日镜 heliostat-canary"
+    served.http.post(
+        "/v1/completions",
+        json={"model": "tiny", "prompt": secret_words, "max_tokens": 2},
+        headers={"x-request-id": "seen-in-logs-1"},
+    )
+    folder = Path(os.environ["RAY_TMPDIR"], "ray", "session_latest", "logs", "serve")
+
+    def lines() -> list[Any]:
+        text = "".join(file.read_text("utf-8") for file in folder.glob("*Ingress*.log"))
+        return [json.loads(line) for line in text.splitlines() if "seen-in-logs-1" in line]
+
+    assert until(lambda: bool(lines()), 10)
+    told = lines()[0]["heliostat"]
+    assert told["status"] == 200 and told["route"] == "/v1/completions" and told["tokens"] == 28
+    logs = b"".join(file.read_bytes() for file in folder.parent.rglob("*") if file.is_file())
+    assert b"heliostat-canary" not in logs and "定日镜".encode() not in logs
+
+
+def test_prometheus_sees_the_engine(served: Served) -> None:
+    import ray
+
+    [port] = [node["MetricsExportPort"] for node in ray.nodes()]
+    served.complete()
+
+    def figures() -> str:
+        return served.http.get(f"http://127.0.0.1:{port}/metrics").text
+
+    wanted = (
+        "ray_heliostat_num_requests_running", "ray_heliostat_num_requests_waiting",
+        "ray_heliostat_kv_cache_usage", "ray_heliostat_requests_total",
+        "ray_heliostat_time_to_first_token_seconds_bucket",
+        "ray_heliostat_time_per_output_token_seconds_bucket",
+    )  # fmt: skip
+    assert until(lambda: all(name in figures() for name in wanted), 30)
+    lines = [x for x in figures().splitlines() if x.startswith(wanted[-2])]
+    assert any('model="tiny"' in line and 'version="1"' in line for line in lines)
+
+
 def test_a_new_version_loads_in_place(served: Served) -> None:
-    before = _replica_pid()
+    before = pids()
     newer = served.publish(seed=1)
     app.run(served.config)
     answer = served.complete(max_tokens=16)
     assert answer.headers["x-model-id"] == newer.id == "model/tiny@2"
     expected = tiny_model.greedy(served.folder / "seed1", PROMPT, 16)[1]
     assert answer.json()["choices"][0]["text"] == expected
-    assert _replica_pid() == before
-
-
-def _replica_pid() -> int:
-    import ray
-    from ray.util.state import list_actors
-
-    found = list_actors(
-        address=ray.get_runtime_context().gcs_address,
-        filters=[
-            ("class_name", "=", f"ServeReplica:{deploy.APPLICATION}:tiny"),
-            ("state", "=", "ALIVE"),
-        ],
-    )
-    return int(found[0]["pid"])
+    assert pids() == before
 
 
 def test_another_port_on_a_running_serve_is_refused(served: Served) -> None:
@@ -283,6 +352,63 @@ def test_a_port_in_use_is_refused_before_any_work(root: Path) -> None:
 def test_serving_nothing_names_the_stage_to_run_first(root: Path) -> None:
     with pytest.raises(UsageError, match="heliostat publish"):
         app.run(config("gpt-demo", root=root))
+
+
+def test_a_service_for_the_network_needs_a_key(served: Served, root: Path) -> None:
+    tiny_model.publish(Store(str(root)), root / "folder", "gpt-demo")
+    public = config("gpt-demo", "serve.host=0.0.0.0", f"serve.port={free_port()}", root=root)
+    with pytest.raises(ConfigError, match="heliostat keys create NAME"):
+        app.run(public)
+
+
+def test_the_written_config_is_what_serve_takes(served: Served) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    told = app.write_config(served.config)
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(told))
+    assert {d.name for a in schema.applications for d in a.deployments} == {
+        "Ingress", "Accounts", "tiny", "talker",
+    }  # fmt: skip
+    assert "model/tiny@" in told and "hst-" not in told
+
+
+def test_keys_close_the_service_and_are_revoked_everywhere_in_ten_seconds(served: Served) -> None:
+    """From here on the module's service asks for a key."""
+
+    def status(key: str | None) -> int:
+        """Of both replicas of the ingress; 0 while they differ."""
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        found = {served.http.get("/v1/models", headers=headers).status_code for _ in range(6)}
+        return found.pop() if len(found) == 1 else 0
+
+    assert status(None) == 200
+    keys = KeyFile(served.store)
+    secret, key = new_key("test")
+    keys.add(key)
+    assert until(lambda: status(None) == 401, 10)
+    assert status(secret) == 200 and status(new_key("other")[0]) == 401
+    guarded = openai.OpenAI(
+        base_url=f"{served.url}/v1", api_key=secret, http_client=httpx.Client(trust_env=False)
+    )
+    assert guarded.completions.create(model="tiny", prompt="a", max_tokens=2).choices
+    with pytest.raises(openai.AuthenticationError):
+        served.openai.models.list()
+    # Two replicas of the ingress keep one account.
+    limited, stored = new_key("limited", quota=Quota(requests_per_minute=6))
+    keys.add(stored)
+    assert until(lambda: status(limited) == 200, 10)
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    headers = {"authorization": f"Bearer {limited}", "connection": "close"}
+    answers = [served.http.post("/v1/completions", json=asked, headers=headers) for _ in range(14)]
+    taken = [answer.status_code for answer in answers]
+    assert 6 <= taken.count(200) <= 7 and taken.count(429) == 14 - taken.count(200)
+    assert all(a.headers["retry-after"] for a in answers if a.status_code == 429)
+    # The stage asks its own service with a key that it makes for itself.
+    served.publish(seed=4)  # after the damaged one
+    assert app.run(served.config).metrics["tokens_per_second"] > 0
+    keys.revoke("test")
+    assert until(lambda: status(secret) == 401, 10)
+    guarded.close()
 
 
 def test_a_model_that_cannot_be_loaded_says_why(served: Served) -> None:

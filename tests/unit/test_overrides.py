@@ -43,6 +43,7 @@ ONE_STEP = (*FEW, "train.steps=1", "train.warmup_steps=0")
 STAGE_3 = (*SHORT, "train.zero_stage=3")
 ON_DISK = (*STAGE_3, "train.offload_optimizer=nvme", "train.nvme_path=/disk")
 FP16 = (*STAGE_3, "train.precision=fp16")
+FOLLOWING = ("serve.replicas=[1, 3]",)
 SAMPLES = ("evaluate.sample_tokens=8",)
 SMALL_IMAGES = ("data.image_size=8", "data.heldout_fraction=0.3")
 PLAIN_IMAGES = ("data.shift=0", "data.rotate=0")
@@ -162,7 +163,20 @@ CASES = (
     Case("serve.host", "0.0.0.0", service.http),
     Case("serve.port", "9000", service.http),
     Case("serve.wait", "false", service.stays),
-    Case("serve.replicas", "2", service.replicas),
+    Case("serve.models", "[demo,other@1]", service.models_served),
+    Case("serve.replicas", "2", service.deployments),
+    Case("serve.replicas", "[0, 3]", service.deployments),
+    Case("serve.gpus_per_replica", "0.5", service.deployments),
+    Case("serve.ingress_replicas", "3", service.deployments),
+    Case("serve.upscale_seconds", "9", service.deployments, FOLLOWING),
+    Case("serve.downscale_seconds", "9", service.deployments, FOLLOWING),
+    Case("serve.target_load", "0.9", service.deployments, FOLLOWING),
+    Case("serve.max_surge_percent", "30", service.deployments),
+    Case("serve.max_body_bytes", "2000", service.long_body),
+    Case("serve.requests_per_minute", "7", service.quota),
+    Case("serve.tokens_per_minute", "7", service.quota),
+    Case("serve.concurrent_per_key", "7", service.quota),
+    Case("serve.haproxy", "false", service.proxy),
     Case("serve.threads_per_replica", "2", service.threads),
     Case("serve.max_concurrent", "3", service.queue),
     Case("serve.max_waiting", "5", service.queue),

@@ -5,14 +5,10 @@ from typing import Any
 
 import pytest
 
-from serving.engines.base import SamplingParameters
-from serving.schema import (
-    Completion,
-    Limits,
-    RequestError,
-    parse_classification,
-    parse_completion,
-)
+from serving.classification import parse_classification, parse_form
+from serving.completion import Completion, parse_chat, parse_completion, parse_tokenize
+from serving.engines.base import Chat, SamplingParameters
+from serving.schema import Limits, RequestError
 
 LIMITS = Limits(max_tokens=100, choices=8)
 
@@ -61,21 +57,26 @@ def test_fields_arrive() -> None:
         stream=True,
         echo=True,
         stream_options={"include_usage": True},
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        logit_bias={"5": -100},
+        logprobs=0,
     )
-    assert asked.sampling == SamplingParameters(7, 0, 0.5, 0, ("。",), -3)
+    assert asked.sampling == SamplingParameters(
+        7, 0, 0.5, 0, ("。",), -3, 0.5, -1.0, ((5, -100.0),), 0
+    )
     assert asked.n == 2 and asked.stream and asked.echo and asked.include_usage
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"logprobs": 0},
-        {"logprobs": 5},
         {"best_of": 2},
         {"suffix": "x"},
-        {"logit_bias": {"1": 2}},
-        {"presence_penalty": 0.5},
-        {"frequency_penalty": -1},
+        {"min_p": 0.1},
+        {"response_format": {"type": "json_object"}},
+        {"tools": [{"type": "function"}]},
+        {"chat_template": "{{ x }}"},
     ],
 )
 def test_known_but_unsupported_fields_are_refused_by_name(fields: dict[str, Any]) -> None:
@@ -109,6 +110,14 @@ def test_known_but_unsupported_fields_are_refused_by_name(fields: dict[str, Any]
         ({"seed": 2**63}, "seed"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"max_completion_tokens": 101}, "max_completion_tokens"),
         ({"model": 1}, "model"),
     ],
 )
@@ -168,3 +177,106 @@ def test_what_is_no_image_is_refused(inputs: list[Any]) -> None:
     with pytest.raises(RequestError) as caught:
         classification(*inputs)
     assert (caught.value.status, caught.value.param) == (400, "inputs")
+
+
+def chat(*messages: Any, **fields: Any) -> Completion:
+    return parse_chat(
+        json.dumps({"model": "m", "messages": list(messages)} | fields).encode(), LIMITS
+    )
+
+
+def test_a_chat_is_messages_of_text() -> None:
+    parts = [{"type": "text", "text": "你"}, {"type": "text", "text": "好"}]
+    asked = chat(
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": parts, "name": "a"},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "?"},
+        max_completion_tokens=5,
+        max_tokens=9,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    assert asked.prompts == (
+        Chat(
+            (
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "你好"},
+                {"role": "assistant", "content": ""},
+                {"role": "user", "content": "?"},
+            )
+        ),
+    )
+    assert (asked.sampling.max_tokens, asked.sampling.logprobs, asked.chat) == (5, 3, True)
+    # As many as fit, which only the model's tokenizer can tell.
+    assert chat({"role": "user", "content": "a"}).sampling.max_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("messages", "fields", "param"),
+    [
+        ([], {}, "messages"),
+        ([{"role": "user"}], {}, "messages"),
+        ([{"role": "tool", "content": "a"}], {}, "messages"),
+        ([{"content": "a"}], {}, "messages"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "messages"),
+        ([{"role": "user", "content": 3}], {}, "messages"),
+        ([{"role": "user", "content": "a"}], {"top_logprobs": 2}, "top_logprobs"),
+        ([{"role": "user", "content": "a"}], {"logprobs": 2}, "logprobs"),
+    ],
+)
+def test_what_is_no_chat_is_refused(
+    messages: list[Any], fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(*messages, **fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_either_a_prompt_or_messages_are_tokenised() -> None:
+    both = {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    for fields in ({}, both):
+        with pytest.raises(RequestError, match="either prompt or messages"):
+            parse_tokenize(json.dumps({"model": "m", **fields}).encode())
+    assert parse_tokenize(b'{"model": "m", "prompt": ""}').prompt == ""
+
+
+def form(*parts: tuple[str, bytes], boundary: str = "b") -> Any:
+    body = b"".join(
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode()
+        + content
+        + b"\r\n"
+        for name, content in parts
+    )
+    kind = f"multipart/form-data; boundary={boundary}".encode()
+    return parse_form(kind, body + f"--{boundary}--\r\n".encode(), LIMITS)
+
+
+def test_images_come_as_files_of_a_form() -> None:
+    asked = form(("model", "数字".encode()), ("image", b"\x00\xff"), ("image", b"\r\n--"))
+    assert asked.model == "数字"
+    assert asked.inputs == ({"image": "AP8="}, {"image": "DQotLQ=="})
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [],
+        [("image", b"a")],
+        [("model", b"m")],
+        [("model", b"\xff"), ("image", b"a")],
+        [("model", b"m"), *[("image", b"a")] * 9],
+    ],
+)
+def test_what_is_no_form_is_refused(parts: list[tuple[str, bytes]]) -> None:
+    with pytest.raises(RequestError) as caught:
+        form(*parts)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("body", [b"", b"--b", b"junk", b"--b\r\nx", b"--b\r\n: :\r\n\r\n"])
+@pytest.mark.parametrize("kind", [b"multipart/form-data", b"multipart/form-data; boundary=b", b""])
+def test_broken_forms_are_refused(kind: bytes, body: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_form(kind, body, LIMITS)
+    assert caught.value.status == 400

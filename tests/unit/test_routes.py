@@ -2,82 +2,23 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 
-from serving.deploy import cause, failure
 from serving.engines.base import (
     OVERLOADED,
     Event,
     Failed,
-    Finished,
-    GenerationRequest,
     Predicted,
     Started,
     Tokens,
 )
-from serving.ingress import Border, Service, create_app, playground
-from serving.schema import Limits, ModelCard
-
-CARDS = (
-    ModelCard("gpt", "model/gpt@3", 1_700_000_000, "completions", 64),
-    ModelCard("digits", "model/digits@1", 1_700_000_000, "classify"),
-)
-Script = Callable[[Any], AsyncIterator[Event]]
-
-
-class ScriptedGateway:
-    """Answers with a script; knows how many answers were begun and left."""
-
-    def __init__(self, script: Script) -> None:
-        self.script = script
-        self.open = 0
-
-    def models(self) -> Sequence[ModelCard]:
-        return CARDS
-
-    async def submit(self, card: ModelCard, request: Any) -> AsyncIterator[Event]:
-        self.open += 1
-        try:
-            async for event in self.script(request):
-                yield event
-        finally:
-            self.open -= 1
-
-
-async def speak(request: GenerationRequest) -> AsyncIterator[Event]:
-    yield Started("model/gpt@3", 2, "你" if request.echo else "")
-    for text in ("好", "", "，世界"):
-        await asyncio.sleep(0)
-        yield Tokens(text, (1,))
-    yield Finished("stop", 3)
-
-
-async def silence(request: GenerationRequest) -> AsyncIterator[Event]:
-    yield Started("model/gpt@3", 2)
-    yield Tokens("a", (1,))
-    await asyncio.sleep(60)
-
-
-def application(script: Script = speak, deadline: float = 5.0) -> tuple[Border, ScriptedGateway]:
-    gateway = ScriptedGateway(script)
-    return create_app(Service(gateway, Limits(32, 4), deadline)), gateway
-
-
-def call(app: Border, method: str, path: str, **options: Any) -> httpx.Response:
-    async def once() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.request(method, path, **options)
-
-    return asyncio.run(once())
-
-
-def complete(app: Border, **fields: Any) -> httpx.Response:
-    return call(app, "POST", "/v1/completions", json={"model": "gpt", "prompt": "a"} | fields)
+from serving.rest import cause, failure
+from serving.routes import playground
+from tests.scripted import application, call, complete, silence
 
 
 def frames(answer: httpx.Response) -> list[Any]:
@@ -97,9 +38,30 @@ def test_a_completion_has_exactly_the_conventions_shape() -> None:
     choice = {"index": 0, "text": "你好，世界", "logprobs": None, "finish_reason": "stop"}
     assert body["choices"][0] == choice
     # A prompt is read once for all of its choices.
-    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 12, "total_tokens": 16}
+    assert body["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": 12,
+        "total_tokens": 16,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert answer.headers["x-model-id"] == "model/gpt@3"
     assert gateway.open == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "好" * (64 * 512 + 1)}),
+        ("/v1/completions", {"prompt": [1] * 65}),
+        ("/tokenize", {"prompt": " " * (64 * 512 + 1)}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 40_000}]}),
+    ],
+)
+def test_what_can_never_fit_is_not_even_tokenised(path: str, fields: dict[str, Any]) -> None:
+    app, gateway = application()
+    answer = call(app, "POST", path, json={"model": "gpt"} | fields)
+    assert answer.status_code == 400 and gateway.asked == []
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_a_stream_has_chunks_usage_and_done() -> None:
@@ -190,7 +152,7 @@ def test_classification() -> None:
         ("GET", "/v1/models/none", {}, 404),
         ("POST", "/v1/completions", {"content": b"prompt=a"}, 415),
         ("POST", "/v1/completions", {"json": {}}, 400),
-        ("POST", "/v1/completions", {"content": b" " * ((1 << 20) + 1)}, 413),
+        ("POST", "/v1/completions", {"content": b" " * ((8 << 20) + 1)}, 413),
     ],
 )
 def test_every_error_has_one_shape(
@@ -214,7 +176,7 @@ def test_a_body_without_a_length_is_refused_before_it_is_taken_in() -> None:
     app, _ = application()
     headers = {"content-type": "application/json"}
     answer = call(app, "POST", "/v1/completions", content=endless(), headers=headers)
-    assert answer.status_code == 413 and taken <= 18
+    assert answer.status_code == 413 and taken <= 146
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -230,7 +192,7 @@ def test_a_client_that_leaves_cancels_its_request(stream: bool) -> None:
             "path": "/v1/completions",
             "raw_path": b"/v1/completions",
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
         }
         sent: list[Any] = []
 

@@ -1,0 +1,219 @@
+"""Replicas that are killed, clients that vanish, load that is too much: nobody is let down."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.fuzzing import fire
+from tests.served import Served, busy, memory, pids, until
+
+SECONDS = 60.0
+KILL_EVERY = 15.0
+
+
+@dataclass
+class Seen:
+    """What clients got."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    texts: set[str] = field(default_factory=set)
+    streams: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def served(ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    service = Served(
+        tmp_path_factory.mktemp("chaos"),
+        "serve.models=[tiny]",
+        "serve.replicas=3",
+        "serve.max_concurrent=8",
+        "serve.max_waiting=16",
+        "serve.deadline_seconds=30",
+    )
+    yield service
+    service.close()
+
+
+async def whole(client: httpx.AsyncClient, seen: Seen) -> None:
+    body = {"model": "tiny", "prompt": "def ", "max_tokens": 12, "temperature": 0}
+    answer = await client.post("/v1/completions", json=body)
+    seen.statuses[answer.status_code] += 1
+    if answer.status_code == 200:
+        seen.texts.add(answer.json()["choices"][0]["text"])
+    else:
+        seen.wrong.append(answer.text)
+
+
+async def streamed(client: httpx.AsyncClient, seen: Seen) -> None:
+    """A stream ends with `[DONE]` or with an error event, never with nothing."""
+    body = {"model": "tiny", "prompt": "def ", "max_tokens": 60, "temperature": 0, "stream": True}
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        frames = [f async for f in answer.aiter_lines() if f]
+    last = frames[-1] if frames else ""
+    if answer.status_code != 200:
+        seen.streams[f"refused {answer.status_code}"] += 1
+    elif last == "data: [DONE]":
+        seen.streams["done"] += 1
+    elif "error" in json.loads(last.removeprefix("data: ")):
+        seen.streams["error event"] += 1
+    else:
+        seen.streams["silent"] += 1
+
+
+async def steady(url: str, ask: Callable[..., Awaitable[None]], rate: float, seen: Seen) -> None:
+    """Requests at a rate per second, whatever becomes of those before."""
+    limits = httpx.Limits(max_connections=500)
+    async with httpx.AsyncClient(
+        base_url=url, timeout=40, trust_env=False, limits=limits
+    ) as client:
+        tasks, ends = [], time.monotonic() + SECONDS
+        while time.monotonic() < ends:
+            tasks.append(asyncio.create_task(ask(client, seen)))
+            await asyncio.sleep(1 / rate)
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    seen.wrong += [repr(one) for one in outcomes if isinstance(one, BaseException)]
+
+
+async def hunt(rng: random.Random) -> list[int]:
+    killed = []
+    ends = time.monotonic() + SECONDS
+    while time.monotonic() + KILL_EVERY / 2 < ends:
+        await asyncio.sleep(KILL_EVERY / 2)
+        alive = await asyncio.to_thread(pids)
+        if alive:
+            killed.append(rng.choice(alive))
+            os.kill(killed[-1], signal.SIGKILL)
+        await asyncio.sleep(KILL_EVERY / 2)
+    return killed
+
+
+def test_killed_replicas_fail_no_request_and_cut_no_stream_in_silence(served: Served) -> None:
+    seen = Seen()
+
+    async def all_at_once() -> list[int]:
+        killed, *_ = await asyncio.gather(
+            hunt(random.Random(20261122)),
+            steady(served.url, whole, 4, seen),
+            steady(served.url, streamed, 1, seen),
+        )
+        return killed
+
+    killed = asyncio.run(all_at_once())
+    print(len(killed), dict(seen.statuses), dict(seen.streams), seen.wrong[:3])
+    assert len(killed) >= 3
+    assert set(seen.statuses) == {200} and not seen.wrong
+    assert seen.streams["silent"] == 0 and seen.streams["done"] > 30
+    # Greedy, so that a request that began again says what it would have said.
+    assert len(seen.texts) == 1
+
+
+def test_fifty_clients_that_vanish_free_their_places_within_a_second(served: Served) -> None:
+    assert until(lambda: len(pids()) == 3, 120)
+    body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 120, "temperature": 2}
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=served.url, trust_env=False, timeout=60) as client:
+            asked = [
+                asyncio.create_task(
+                    client.post(
+                        "/v1/completions",
+                        json=body | {"stream": bool(n % 2)},
+                        headers={"x-request-disconnect-disabled": "?1"} if n % 3 == 0 else {},
+                    )
+                )
+                for n in range(50)
+            ]
+            await asyncio.sleep(0.5)
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    asyncio.run(leave())
+    time.sleep(1.0)
+    assert [busy() for _ in range(12)] == [0] * 12  # whichever of the replicas is asked
+
+
+def test_two_thousand_odd_requests_break_nothing(served: Served) -> None:
+    before, weight = pids() + pids("Ingress"), memory(("tiny", "Ingress"))
+    found = fire(served.http, 2000, seed=1)
+    print(dict(found))
+    assert pids() + pids("Ingress") == before
+    assert until(lambda: busy() == 0, 5)
+    assert memory(("tiny", "Ingress")) - weight < 150 * 2**20
+
+
+def test_ten_times_the_load_is_answered_or_refused_at_once(served: Served) -> None:
+    seen, slow = Seen(), list[float]()
+
+    async def heavy(client: httpx.AsyncClient, seen: Seen) -> None:
+        began = time.monotonic()
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 100, "temperature": 0}
+        answer = await client.post("/v1/completions", json=body)
+        seen.statuses[answer.status_code] += 1
+        if answer.status_code in (429, 503):
+            assert answer.headers["retry-after"] and answer.json()["error"]["message"]
+            slow.append(time.monotonic() - began)
+
+    asyncio.run(steady(served.url, heavy, 150, seen))
+    slow.sort()
+    print(dict(seen.statuses), f"refused within {slow[len(slow) * 99 // 100]:.2f} s (p99)")
+    assert set(seen.statuses) <= {200, 429, 503} and not seen.wrong
+    assert seen.statuses[200] > 100 and seen.statuses[503] > 100
+    assert until(lambda: served.complete().status_code == 200, 10)
+
+
+def test_replicas_follow_the_load_from_one_to_three_and_back(served: Served) -> None:
+    """The last test of the module: it gives the service another number of replicas."""
+    from serving import app
+
+    changed = served.config.serve.model_copy(
+        update={
+            "replicas": (1, 3),
+            "max_concurrent": 2,
+            "max_waiting": 2000,
+            "target_load": 1.0,
+            "downscale_seconds": 5.0,
+        }
+    )
+    app.run(served.config.model_copy(update={"serve": changed}))
+    assert until(lambda: len(pids()) == 1, 60)
+    seen, counts = Seen(), list[tuple[float, int]]()
+
+    async def watch() -> None:
+        began = time.monotonic()
+        while time.monotonic() - began < SECONDS:
+            counts.append((time.monotonic() - began, len(await asyncio.to_thread(pids))))
+            await asyncio.sleep(0.5)
+
+    async def loaded() -> None:
+        await asyncio.gather(watch(), steady(served.url, whole, 25, seen))
+
+    asyncio.run(loaded())
+    grown = next((at for at, count in counts if count > 1), None)
+    print(f"a second replica was alive after {grown} s; most {max(c for _, c in counts)}")
+    assert max(count for _, count in counts) == 3
+    assert set(seen.statuses) == {200} and not seen.wrong
+    assert until(lambda: len(pids()) == 1, 90)
+    assert served.complete().status_code == 200
+
+
+def test_a_model_that_nobody_asks_sleeps_and_wakes(served: Served) -> None:
+    """After the one before: it lets the number of replicas fall to none."""
+    from serving import app
+
+    changed = served.config.serve.model_copy(update={"replicas": (0, 1), "downscale_seconds": 3.0})
+    app.run(served.config.model_copy(update={"serve": changed}))
+    assert until(lambda: pids() == [], 90)
+    assert served.complete().status_code == 200
+    assert len(pids()) == 1
