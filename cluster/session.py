@@ -84,14 +84,7 @@ def session(config: RunConfig) -> Iterator[Session]:
         _ensure_token()
         # Ray's processes inherit them; a cluster that is joined was started with its own.
         os.environ.update(environment(config.serve))
-        ray.init(
-            address="local",
-            num_cpus=config.ray.cpus or max(2, os.cpu_count() or 1),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            **quiet,
-        )
+        _start(config.ray.cpus or max(2, os.cpu_count() or 1), quiet)
     try:
         joined = _describe(ours=not address)
         if len(joined.nodes) > 1:
@@ -125,6 +118,26 @@ def check_capacity(joined: Session, *, workers: int, cpus_per_worker: int) -> No
             f"train.workers {workers} with train.threads_per_worker {cpus_per_worker} need "
             f"{workers * cpus_per_worker} CPUs and the cluster has {joined.cpus}: {cure}"
         )
+
+
+def _start(cpus: int, options: dict[str, Any]) -> None:
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            **options,
+        )
+    except Exception as error:  # of no narrower type where a daemon does not answer in time
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise HeliostatError(
+            f"Ray did not start on this machine ({reason}): if it is only busy, run the same "
+            "command again"
+        ) from error
 
 
 def _join(address: str, options: dict[str, Any]) -> None:

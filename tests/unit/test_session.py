@@ -163,3 +163,21 @@ def test_a_package_that_shadows_ours_is_named(tmp_path: Path) -> None:
     assert f"come from different folders ({ROOT}, {tmp_path})" in shadowed.stderr or (
         f"come from different folders ({tmp_path}, {ROOT})" in shadowed.stderr
     )
+
+
+def test_a_ray_that_does_not_start_is_one_line(tmp_path: Path) -> None:
+    """Unix sockets below a folder of so long a name cannot be made."""
+    long = tmp_path / ("x" * 110)
+    long.mkdir()
+    command = [sys.executable, "-m", "cluster.cli", "prepare", "gpt-demo"]
+    done = subprocess.run(
+        [*command, f"storage.root={tmp_path}/root"],
+        env=os.environ | {"RAY_TMPDIR": str(long), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("heliostat: Ray did not start on this machine (")
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stdout
