@@ -63,16 +63,26 @@ class DecodedPieces:
     def push(self, token: int) -> str:
         self._window.append(token)
         text = self._decode(self._window)
-        # At most the last character is undecided: an unfinished one decodes to one U+FFFD.
-        certain = text.removesuffix(UNDECIDED)
+        # At most the last character is undecided. It lacks a byte or more of its four, and shows
+        # as one U+FFFD or, with decoders that fall back to bytes, as one for each byte.
+        open_bytes = min(3, len(text) - len(text.rstrip(UNDECIDED)))
+        certain = text[: len(text) - open_bytes]
         fresh = certain[self._sent :]
         self._sent = max(self._sent, len(certain))
         self.settled = certain == text
         if self.settled and text:
-            # Decoders that treat the first token apart (a leading space) need one before the next.
-            self._window = self._window[-1:]
+            self._window = self._tail()
             self._sent = len(self._decode(self._window))
         return fresh
+
+    def _tail(self) -> list[int]:
+        """The last tokens that are text by themselves.
+
+        Decoders that treat the first token apart (a leading space) need one before the next, and
+        those that fall back to bytes all the bytes of a character.
+        """
+        tails = (self._window[-count:] for count in range(1, 5))
+        return next((t for t in tails if UNDECIDED not in self._decode(t)), self._window[-1:])
 
     def flush(self) -> str:
         rest = self._decode(self._window)[self._sent :]
