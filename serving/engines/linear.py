@@ -8,7 +8,7 @@ loaded, and what does not run there, or is no faster, is not used.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -30,12 +30,6 @@ class Linear(Protocol):
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """y + other, fp32."""
-        ...
-
-
-class Gated(Protocol):
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """silu(gate(x)) * up(x), in whatever the next product takes."""
         ...
 
 
@@ -139,16 +133,6 @@ class Int8:
 
 
 Kind = type[Plain] | type[Packed] | type[Int8]
-
-
-def kinds(precision: Precision) -> Sequence[Kind]:
-    """What may hold weights of a precision on a CPU, in order of preference."""
-    return (Int8,) if precision == "int8" else (Packed, Plain)
-
-
-def build(kind: Kind, weight: torch.Tensor, bias: torch.Tensor | None, precision: Precision):  # type: ignore[no-untyped-def]
-    """A weight [out, in] in fp32, held as asked."""
-    return kind(converted(weight, precision), None if bias is None else bias)
 
 
 def converted(weight: torch.Tensor, precision: Precision) -> torch.Tensor:

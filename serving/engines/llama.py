@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from serving.engines.linear import Kind, Linear, Precision, converted
+from serving.engines.linear import Int8, Kind, Linear, Precision, converted
 from serving.engines.runner import Feed
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def fold(model: Any, context: int, kind: Kind, precision: Precision) -> Weights:
         ]
         plain = all(bias is None for _, bias in parts)
         bias = None if plain else torch.cat(biases)
-        if bias is not None and kind.__name__ != "Int8":
+        if bias is not None and kind is not Int8:
             bias = converted(bias, precision)
         return kind(converted(weight, precision).contiguous(), bias)
 
