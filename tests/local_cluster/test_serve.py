@@ -304,9 +304,13 @@ def test_prometheus_sees_the_engine(served: Served) -> None:
         "ray_heliostat_time_to_first_token_seconds_bucket",
         "ray_heliostat_time_per_output_token_seconds_bucket",
     )  # fmt: skip
-    assert until(lambda: all(name in figures() for name in wanted), 30)
-    lines = [x for x in figures().splitlines() if x.startswith(wanted[-2])]
-    assert any('model="tiny"' in line and 'version="1"' in line for line in lines)
+
+    def told() -> bool:
+        lines = [line for line in figures().splitlines() if 'model="tiny"' in line]
+        ours = [line for line in lines if 'version="1"' in line]
+        return all(any(line.startswith(name) for line in ours) for name in wanted)
+
+    assert until(told, 30), figures()
 
 
 def test_a_new_version_loads_in_place(served: Served) -> None:
