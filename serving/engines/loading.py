@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from cluster.errors import ServingError
+from cluster.errors import CapacityError, ServingError
 from serving.engines import parity
 from serving.engines.fast import FastRunner
 from serving.engines.general import GeneralRunner
@@ -86,6 +86,9 @@ def open_runner(folder: Path, context_length: int, options: Options) -> Runner:
 
     Args:
         context_length: that the model was made for.
+
+    Raises:
+        CapacityError: if the cache does not fit into the machine's memory.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -100,13 +103,15 @@ def open_runner(folder: Path, context_length: int, options: Options) -> Runner:
     if not options.fast or not fits(model.config):
         log.warning("general path: %d sequences x %d tokens at most", options.slots, length)
         return GeneralRunner(model, folder, slots=options.slots, length=length)
+    spare = 0 if options.constant_shape else options.prefixes
+    _check_room(Shape.of(model.config), options.slots + spare, length, gpu)
     precision, kind = _held_as(model, options, gpu)
     runner = FastRunner(
         model,
         folder,
         slots=options.slots,
         length=length,
-        spare=0 if options.constant_shape else options.prefixes,
+        spare=spare,
         kind=kind,
         precision=precision,
         constant=options.constant_shape,
@@ -116,6 +121,21 @@ def open_runner(folder: Path, context_length: int, options: Options) -> Runner:
         precision, kind.__name__, runner.slots, runner.spare, length, runner.cache_bytes / 1e9,
     )  # fmt: skip
     return runner
+
+
+def _check_room(shape: Shape, rows: int, length: int, gpu: bool) -> None:
+    """What never fits is refused; what is free at the moment says little before it is used."""
+    import psutil
+    import torch
+
+    wanted = 4 * shape.token_floats * rows * length
+    there = torch.cuda.mem_get_info()[1] if gpu else psutil.virtual_memory().total
+    if wanted > there:
+        raise CapacityError(
+            f"a cache of {rows} sequences x {length} tokens takes {wanted / 1e9:.1f} GB and there "
+            f"are {there / 1e9:.1f} GB: lower serve.max_concurrent, serve.engine.prefixes or "
+            "serve.engine.context"
+        )
 
 
 def _held_as(model: Any, options: Options, gpu: bool) -> tuple[Precision, Kind]:

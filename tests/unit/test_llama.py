@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.errors import CapacityError
 from serving.engines.fast import FastRunner
 from serving.engines.linear import SAME, Int8, Packed, Plain, converted
 from serving.engines.llama import Shape, fits
@@ -181,6 +182,11 @@ def test_the_weights_are_held_by_what_is_right_and_fast_here(folder: Path) -> No
     assert choose_kind(shape, "bf16")[0] in ("bf16", "fp32")
     with pytest.raises(ValueError, match="fp64"):
         open_runner(folder, 128, Options(slots=1, precision="fp64"))  # type: ignore[arg-type]
+
+
+def test_a_cache_that_cannot_fit_is_refused_with_the_cure(folder: Path) -> None:
+    with pytest.raises(CapacityError, match=r"x 128 tokens takes .* lower serve.max_concurrent"):
+        open_runner(folder, 128, Options(slots=10**9))
 
 
 def test_the_cache_is_bounded_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
