@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,11 +31,13 @@ from pipelines import families
 from pipelines.data import (
     cleaning,
     contamination,
+    corpus_report,
     documents,
     duplicates,
     duplicates_lines,
     duplicates_near,
     images,
+    live,
     partitions,
     sources,
     streaming,
@@ -43,7 +45,9 @@ from pipelines.data import (
 from pipelines.data.cleaning import Rejected
 from pipelines.data.contamination import Evaluations, Overlap
 from pipelines.data.corpus import PART_BITS, SPLITS, Split
+from pipelines.data.counting import cost_of_packing, headline, metrics, summed
 from pipelines.data.partitions import Cleaned, Encoding, Shard
+from pipelines.data.sampling import sample
 from pipelines.data.scratch import Scratch
 from pipelines.data.sealing import Sealing
 from pipelines.data.sources import Listing, Reject, SourceFile
@@ -51,6 +55,9 @@ from pipelines.families.base import Encoder
 
 NOBODY = np.array([], dtype=np.int64)
 """Ids of no document."""
+
+Page = Callable[[str, Mapping[str, Any]], bytes]
+"""From the corpus's name and its `report.json`."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +89,31 @@ class Chosen:
         """Labels of the training documents, sorted; empty for text."""
         return _labels(self.splits["train"])
 
+    def only_heldout(self) -> "Chosen":
+        """For a stream, whose training documents are read when they are trained on."""
+        nothing = self.splits["train"].slice(0, 0)
+        return replace(self, splits={**self.splits, "train": nothing})
+
 
 def inputs(config: RunConfig) -> dict[str, Any]:
-    """The listing of the sources, which decides whether a corpus is still up to date."""
+    """What decides, beside the recipe, whether a corpus is still up to date."""
     return _listed(config, _listing(config))
 
 
 def _listed(config: RunConfig, found: Listing) -> dict[str, Any]:
-    """What a corpus is made from, in short."""
+    """What a corpus is made from, in short: sources, evaluation sets, a tokenizer that was given,
+    and whether rows are stored."""
     listed = sources.summary(config.data.sources, found)
-    if isinstance(config.data, TextData) and (settings := config.data.decontaminate).sources:
-        against = sources.summary(settings.sources, contamination.listing(settings))
-        listed |= {f"without {source}": of for source, of in against.items()}
+    if isinstance(config.data, TextData):
+        if (settings := config.data.decontaminate).sources:
+            against = sources.summary(settings.sources, contamination.listing(settings))
+            listed |= {f"without {source}": of for source, of in against.items()}
+        if path := config.data.tokenizer.path:
+            from pipelines.data import existing_tokenizer
+
+            listed["data.tokenizer.path"] = existing_tokenizer.digest(path)
+    if config.train.input == "stream":
+        listed["train.input"] = "stream"
     return listed
 
 
@@ -118,7 +138,9 @@ def run(config: RunConfig) -> StageResult:
     found = _listing(config)
     documents.check(config.data)
     key_name = _check_key(config)
-    parts = sources.partition(found.files, config.data.partition_bytes)
+    everything = sources.partition(found.files, config.data.partition_bytes)
+    streamed = config.train.input == "stream"
+    parts = live.sampled(everything, config) if streamed else everything
     store = open_store(config)
     with (
         session(config),
@@ -131,17 +153,21 @@ def run(config: RunConfig) -> StageResult:
         read = _read(config, staging, parts, bar)
         tasks = config.prepare.tasks
         cleaned, shortened = duplicates_lines.thin(read, config.data, scratch, tasks)
-        index = pa.concat_tables(part.index for part in cleaned)
+        index = partitions.indexed(cleaned)
         near = duplicates_near.find(index, config.data, scratch, tasks)
         chosen = choose(config, index, left_out(found.rejects, cleaned), near)
-        encoder = _fit(config, staging, chosen)
+        encoder, page = _fit(config, staging, chosen)
+        detail: dict[str, Any] = {"encryption_key": key_name} if key_name else {}
+        if streamed:
+            detail |= live.plan(everything, parts, chosen.splits["train"], encoder)
+            chosen = chosen.only_heldout()
         shards, lineage = _encode(config, staging, chosen, encoder, cleaned, bar)
         quarantine = _quarantine(staging, chosen.left, cleaned)
         others = [*lineage, quarantine, *_overlaps(staging, evaluations, cleaned)]
         if shortened:
             others.append(staging.write_json("lines.json", {"shortened": shortened}))
-        artifact = _commit(config, staging, found, chosen, encoder, shards, others, key_name)
-    return StageResult(artifact, _headline(artifact), artifact.manifest.metrics)
+        artifact = _commit(config, staging, found, chosen, encoder, shards, others, detail, page)
+    return StageResult(artifact, headline(artifact.manifest.metrics), artifact.manifest.metrics)
 
 
 def _listing(config: RunConfig) -> Listing:
@@ -305,7 +331,8 @@ def _empty_split(fraction: float, total: int, heldout: int) -> str:
 # ------------------------------------------------------------------ fit
 
 
-def _fit(config: RunConfig, staging: Staging, chosen: Chosen) -> Encoder:
+def _fit(config: RunConfig, staging: Staging, chosen: Chosen) -> tuple[Encoder, Page]:
+    """The encoder, and the report with some documents, from a sample of the training documents."""
     data = config.data
     limit = data.tokenizer_bytes if data.kind == "text" else images.SAMPLE_BYTES
     wanted = list(_by_part(sample(chosen.splits["train"], limit)).items())
@@ -318,19 +345,21 @@ def _fit(config: RunConfig, staging: Staging, chosen: Chosen) -> Encoder:
     )
     pieces = list(answers)
     collected = pa.concat_tables(pieces).sort_by("digest")
-    return families.load(config.family).fit_encoder(config, collected, chosen.labels)
-
-
-def sample(index: pa.Table, limit: int) -> pa.Table:
-    """About `limit` bytes of documents, at least one, chosen by digest: any mix of sources."""
-    ordered = index.sort_by("digest")
-    sizes = ordered.column("bytes").to_numpy()
-    return ordered.filter(pa.array(np.cumsum(sizes) - sizes < limit))
+    encoder = families.load(config.family).fit_encoder(config, collected, chosen.labels)
+    page = functools.partial(
+        corpus_report.page,
+        lengths=corpus_report.length_bins(chosen.splits["train"]),
+        # The report is not encrypted.
+        samples=[] if data.encrypt else corpus_report.samples(collected),
+    )
+    return encoder, page
 
 
 def _by_part(index: pa.Table) -> dict[int, np.ndarray]:
     """Document ids by the part that they lie in."""
     ids = np.sort(index.column("document").to_numpy())
+    if not len(ids):
+        return {}
     numbers, starts = np.unique(documents.part_of(ids), return_index=True)
     return dict(zip(numbers.tolist(), np.split(ids, starts[1:]), strict=True))
 
@@ -386,7 +415,8 @@ def _commit(
     encoder: Encoder,
     shards: Sequence[Shard],
     others: Sequence[FileEntry],
-    key_name: str | None,
+    detail: Mapping[str, Any],
+    page: Page,
 ) -> Artifact:
     facts = encoder.facts()
     splits = {split: _split_detail(split, chosen, shards) for split in SPLITS}
@@ -398,6 +428,7 @@ def _commit(
         files = staging.copy_tree(Path(folder), "encoder/")
     files += [*others, *(shard.entry for shard in shards)]
     files.append(staging.write_json("report.json", report))
+    files.append(staging.write("report.html", page(staging.id, report)))
     rejected = b"".join(_line(asdict(one)) for one in chosen.left.sample)
     files.append(staging.write("rejected.jsonl", rejected))
     Scratch(staging).leave_only(files)
@@ -405,9 +436,8 @@ def _commit(
         files,
         fingerprint=fingerprint(BY_VERB["prepare"], config, None, listed),
         config=resolved(config),
-        metrics=_metrics(splits, counts),
-        detail={"facts": facts, "splits": splits, "counts": counts}
-        | ({"encryption_key": key_name} if key_name else {}),
+        metrics=metrics(splits, counts),
+        detail={"facts": facts, "splits": splits, "counts": counts, **detail},
         inputs=listed,
     )
 
@@ -436,15 +466,17 @@ def _line(tree: Mapping[str, Any]) -> bytes:
 def _split_detail(split: Split, chosen: Chosen, shards: Sequence[Shard]) -> dict[str, Any]:
     own = [shard for shard in shards if shard.split == split]
     index = chosen.splits[split]
+    counts = summed(shard.counts for shard in own)
     return {
         "rows": sum(sum(shard.row_groups) for shard in own),
-        "bytes": pc.sum(index.column("bytes")).as_py(),
+        "bytes": _bytes(index),
         "documents": index.num_rows,
         "files": [
             {"path": s.entry.path, "row_groups": list(s.row_groups), "source": s.source}
             for s in own
         ],
-        **_summed(shard.counts for shard in own),
+        **counts,
+        **cost_of_packing(counts, index.num_rows),
     }
 
 
@@ -454,42 +486,13 @@ def _counts(found: Listing, chosen: Chosen, shards: Sequence[Shard]) -> dict[str
         "file_bytes": sum(file.size for file in found.files),
         "ignored": dict(sorted(found.ignored.items())),
         "documents": sum(index.num_rows for index in chosen.splits.values()),
-        "bytes": sum(pc.sum(i.column("bytes")).as_py() for i in chosen.splits.values()),
+        "bytes": sum(map(_bytes, chosen.splits.values())),
         "dropped": dict(sorted(chosen.left.drops.items())),
         "quarantined": dict(sorted(chosen.left.reasons.items())),
         "personal": dict(sorted(chosen.left.personal.items())),
-        **_summed(shard.counts for shard in shards),
+        **summed(shard.counts for shard in shards),
     }
 
 
-def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    return dict(sorted(total.items()))
-
-
-def _metrics(
-    splits: Mapping[Split, Mapping[str, Any]], counts: Mapping[str, Any]
-) -> dict[str, float]:
-    metrics = {
-        "documents": counts["documents"],
-        "train_rows": splits["train"]["rows"],
-        "bytes": counts["bytes"],
-        "dropped": sum(counts["dropped"].values()),
-        "quarantined": sum(counts["quarantined"].values()),
-        "personal": sum(counts["personal"].values()),
-    }
-    if counts.get("tokens"):
-        metrics["bytes_per_token"] = counts["bytes"] / counts["tokens"]
-    return metrics
-
-
-def _headline(artifact: Artifact) -> str:
-    metrics = artifact.manifest.metrics
-    parts = [f"{metrics['documents']:,} documents", f"{metrics['bytes'] / 1e6:.1f} MB"]
-    if "bytes_per_token" in metrics:
-        parts.append(f"{metrics['bytes_per_token']:.1f} bytes per token")
-    if metrics["quarantined"]:
-        parts.append(f"{metrics['quarantined']:,} unreadable")
-    return ", ".join(parts)
+def _bytes(index: pa.Table) -> int:
+    return pc.sum(index.column("bytes")).as_py() or 0

@@ -18,7 +18,7 @@ from cluster.stages import BY_VERB, StageResult, fingerprint, relevant, required
 from cluster.storage import Artifact, Store
 from cluster.tracking import Status, Tracker, Tracking
 from pipelines.data.corpus import Corpus
-from pipelines.training import checkpoint, elastic, zero
+from pipelines.training import checkpoint, elastic, stream, zero
 from pipelines.training.diary import Suspects
 from pipelines.training.loop import TrainJob, train
 from pipelines.training.watchdog import Deaths, Watchdog, asked_to_stop, stoppable
@@ -60,7 +60,12 @@ def _run(config: RunConfig, store: Store) -> StageResult:
         )
         for size in config.train.world_sizes:
             zero.check(config.train, "cuda" if joined.gpus else "cpu", workers=size)
+        streamed = config.train.input == "stream"
+        if streamed:
+            stream.check(joined, config)
         _reshard(job, config, store)
+        if streamed:
+            stream.say(store, job, config)
         board = telemetry.start_board()
         with _followed(board, store, job.run, config):
             stoppable(
@@ -144,6 +149,7 @@ def _fit(job: TrainJob, config: RunConfig, joined: Session, store: Store) -> Non
                 **({"GPU": 1} if gpu else {}),
             },
         ),
+        **_datasets(job, config),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         run_config=ray.train.RunConfig(
             # A name that was never used: Ray would resume an old one from its own snapshot.
@@ -160,6 +166,12 @@ def _fit(job: TrainJob, config: RunConfig, joined: Session, store: Store) -> Non
         trainer.fit()
     except TrainingFailedError as error:
         raise _named(error) from error
+
+
+def _datasets(job: TrainJob, config: RunConfig) -> dict[str, Any]:
+    if config.train.input != "stream":
+        return {}
+    return {"datasets": {stream.NAME: stream.Feed(job)}, "dataset_config": stream.options(config)}
 
 
 def _watch(store: Store, job: TrainJob, config: RunConfig) -> Any:

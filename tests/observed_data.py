@@ -16,13 +16,15 @@ import pytest
 import torch
 
 from cluster import chain, session
-from cluster.config import RunConfig
+from cluster.config import RunConfig, TextData
+from cluster.config.tokenizer import TokenizerSection
 from cluster.session import Session, open_store
 from cluster.stages import BY_VERB, fingerprint, resolved
 from cluster.storage import Artifact
 from pipelines import families, prepare
-from pipelines.data import sealing
+from pipelines.data import sealing, vocabulary
 from pipelines.data.corpus import Corpus
+from pipelines.data.tokenizer import TextEncoder
 from pipelines.training import engine
 from tests import fakes
 
@@ -118,6 +120,10 @@ def _prepared_texts(config: RunConfig) -> tuple[Artifact, list[int | None]]:
         for n in range(texts):
             text = f"第{n}篇：定日镜跟随太阳，把光投向一点。def f{n}(x):\n    return x + {n}\n"
             Path(f"{folder}/{folder}-{n}.txt").write_text(text * (1 + n % 9), encoding="utf-8")
+    assert isinstance(config.data, TextData)
+    if given := config.data.tokenizer.path:
+        trained = vocabulary.train(["given 定日镜 " * 9], 300, TokenizerSection())
+        TextEncoder(trained.to_str(), 16, 1.0).save(Path(given))
     return prepared(config)
 
 
@@ -221,6 +227,11 @@ def tokenizer(config: RunConfig) -> str:
     return hashlib.sha256(corpus(config).read_bytes("encoder/tokenizer.json")).hexdigest()
 
 
+def rows(config: RunConfig) -> list[int]:
+    """How full each training row is."""
+    return [int(row["used"]) for row in Corpus(corpus(config)).rows("train")]
+
+
 def row_width(config: RunConfig) -> int:
     return len(next(Corpus(corpus(config)).rows("train"))["tokens"])
 
@@ -256,6 +267,15 @@ def augmented(config: RunConfig) -> list[Any]:
         found.example(config, IMAGE_FACTS, row, np.random.default_rng(seed)) for seed in range(3)
     ]
     return [example["pixel_values"].tolist() for example in draws]
+
+
+def changed_rows(config: RunConfig) -> list[Any]:
+    """What the model reads and predicts of a training row."""
+    tokens = np.random.default_rng(0).integers(1, 97, 33).astype(np.uint16)
+    row = {"tokens": tokens, "used": 33, "segment_starts": np.array([0, 9, 20], np.int32)}
+    facts = FACTS | {"mask": 96, "bytes": list(range(1, 60))}
+    found = families.load(config.family).example(config, facts, row, np.random.default_rng(0))
+    return [found["input_ids"].tolist(), found["labels"].tolist()]
 
 
 # ------------------------------------------------------------------ models

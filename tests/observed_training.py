@@ -106,6 +106,10 @@ def launch(config: RunConfig) -> dict[str, Any]:
         "resources": scaling.resources_per_worker,
         "threads": run.worker_runtime_env["env_vars"]["OMP_NUM_THREADS"],
         "failures": run.failure_config.max_failures,
+        "streams": sorted(kept.get("datasets", {})),
+        "may_wait": kept["dataset_config"]._user_execution_options.resource_limits
+        if "dataset_config" in kept
+        else None,
     }
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from cluster.config.augment import MASK
 from cluster.config.base import OPERATIONAL, Section
 from cluster.config.data import Data, ImageData, PrepareSection, TextData
 from cluster.config.dedup import DecontaminateSection, DedupSection
@@ -96,6 +97,46 @@ class RunConfig(Section):
             for key in ("loss_chunk", "activation_checkpointing"):
                 if getattr(self.train, key):
                     raise ConfigError(f"family image_classifier knows no train.{key}: leave it out")
+        if self.train.input == "stream" and self.data.kind != "text":
+            raise ConfigError(f"train.input stream is for text, and {self.family} takes images")
+        if self.train.augment.on and self.data.kind != "text":
+            raise ConfigError(f"train.augment is for text: {self.family} has data.shift and rotate")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_streamed(self) -> "RunConfig":
+        if self.train.input == "stream":
+            if self.data.encrypt:
+                raise ConfigError(
+                    "train.input stream hands rows over in the clear, so that data.encrypt would "
+                    "promise too much: store the corpus, or leave data.encrypt out"
+                )
+            if self.data.kind == "text" and (self.data.dedup.near or self.data.dedup.lines):
+                raise ConfigError(
+                    "train.input stream never sees the corpus as a whole, which data.dedup.near "
+                    "and lines compare: store the corpus, or leave them out"
+                )
+            if self.data.kind == "text" and self.data.decontaminate.sources:
+                raise ConfigError(
+                    "train.input stream does not look for data.decontaminate.sources: store the "
+                    "corpus, or leave them out"
+                )
+            if self.train.mix:
+                raise ConfigError(
+                    "train.input stream takes each source by its size: leave train.mix out, or "
+                    "store the corpus"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _mask_is_known(self) -> "RunConfig":
+        if not self.train.augment.mask or self.data.kind != "text":
+            return self
+        if not self.data.tokenizer.path and MASK not in self.data.tokenizer.special_tokens:
+            raise ConfigError(
+                f"train.augment.mask needs a tokenizer that has {MASK}: give "
+                f"data.tokenizer.special_tokens='[\"{MASK}\"]'"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from cluster.config.base import OPERATIONAL, Fraction, Operational, Positive, Se
 from cluster.config.cleaning import DEFAULT_STEPS, Steps
 from cluster.config.dedup import DecontaminateSection, DedupSection
 from cluster.config.privacy import PrivacySection
+from cluster.config.tokenizer import TokenizerSection
 from cluster.errors import ConfigError
 
 Sources = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -58,11 +59,27 @@ class TextData(DataSection):
     dedup: DedupSection = DedupSection()
     decontaminate: DecontaminateSection = DecontaminateSection()
     vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 2048
-    """Entries of the byte-level BPE tokenizer: at least 256 bytes and one end-of-text token."""
+    """Entries of a tokenizer that is trained: at least 256 bytes and one end-of-text token."""
     tokenizer_bytes: Positive = 8 * 2**20
-    """Bytes of cleaned text that the tokenizer is trained on."""
+    """Bytes of cleaned text that the tokenizer is trained on, taken from every source and script;
+    rare ones are taken more of than their share."""
+    tokenizer: TokenizerSection = TokenizerSection()
     sequence_length: Annotated[int, Field(ge=8, le=2**20)] = 256
     """Predictions per row: a row stores this many tokens and one more."""
+    packing: Literal["split", "best_fit"] = "split"
+    """`split` cuts one stream of all documents to rows: nothing is padded, most rows begin inside
+    of a document. `best_fit` keeps each document in one row where it fits: less is cut, some is
+    padded."""
+
+    @model_validator(mode="after")
+    def _bytes_fit(self) -> "TextData":
+        least = 257 + len(self.tokenizer.special_tokens)
+        if self.vocab_size < least:
+            raise ConfigError(
+                f"data.vocab_size {self.vocab_size} is less than the {least} that 256 bytes, "
+                "end-of-text and data.tokenizer.special_tokens take"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lines_name_sources(self) -> "TextData":

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from cluster.config.augment import AugmentSection
 from cluster.config.base import OPERATIONAL, Fraction, Positive, Section
 from cluster.errors import ConfigError
 
@@ -46,6 +47,15 @@ class ZeroPlusPlus(Section):
 
 
 class TrainSection(Section):
+    input: Literal["corpus", "stream"] = "corpus"
+    """`corpus` trains on the prepared rows. `stream` is for text too large to store prepared:
+    `prepare` looks at a sample of it, and Ray Data reads, cleans and tokenises the rest on free
+    CPUs while the workers train. The order is then not exact, and a run that is stopped sees
+    some rows again."""
+    stream_bytes: Annotated[int, OPERATIONAL, Field(ge=2**20, le=2**50)] = 2**30
+    """With `input` stream: bytes of prepared rows that may wait for the workers in the cluster's
+    memory; then no more are prepared."""
+    augment: AugmentSection = AugmentSection()
     steps: Positive = 600
     """Optimizer steps of the whole run."""
     global_batch: Positive = 32

@@ -6,6 +6,7 @@
     documents/part-00000.parquet   lineage: document id, path, row (line of a .jsonl), start and
                               end (bytes of the record in the file), bytes, split; no content
     report.json               counts: files, documents, bytes, drops by reason
+    report.html               the same for a person, with figures and a few documents
     quarantine.jsonl          what could not be read: file, row and reason, never content
 
 With `data.encrypt` the Parquet files are encrypted (`sealing`); the tokenizer's vocabulary, the

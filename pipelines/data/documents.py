@@ -16,7 +16,7 @@ import pyarrow as pa
 from cluster.config import ImageData, TextData
 from cluster.config.cleaning import Columns
 from cluster.config.data import OTHERS
-from pipelines.data import cleaning, duplicates, images, sources
+from pipelines.data import cleaning, duplicates, images, scripts, sources
 from pipelines.data.cleaning import Document, Drop, Rejected
 from pipelines.data.corpus import PART_BITS, PLACE_BITS
 from pipelines.data.privacy.scrub import Scrubbed, Scrubber, applies
@@ -34,9 +34,10 @@ _LINEAGE = [
     ("digest", pa.binary(duplicates.DIGEST_BYTES)),
     ("bytes", pa.int64()),
     ("label", pa.string()),
+    ("script", pa.string()),
 ]
 _PAYLOAD: dict[Payload, list[tuple[str, pa.DataType]]] = {
-    "text": [("text", pa.string())],
+    "text": [("text", pa.string()), ("before", pa.string())],
     "image": [
         ("pixels", pa.binary()),
         ("height", pa.int32()),
@@ -44,7 +45,12 @@ _PAYLOAD: dict[Payload, list[tuple[str, pa.DataType]]] = {
         ("channels", pa.int32()),
     ],
 }
-INDEX = ["document", "digest", "bytes", "label"]
+SHOWN_CHARACTERS = 600
+"""Of some documents, as they were before cleaning: column `before`, for the corpus's report. Of
+none that personal data is taken out of."""
+SHOWN_SHARE = 4
+"""One in so many, chosen by digest."""
+INDEX = ["document", "digest", "bytes", "label", "script"]
 """Columns that the driver needs of every document."""
 ORIGIN = ["document", "path", "row", "start", "end", "bytes"]
 """Columns that lead back to the sources: file, row, and the bytes of the record in the
@@ -235,15 +241,20 @@ def _text_reader(data: TextData) -> Callable[[SourceFile], Iterator[Outcome]]:
             if isinstance(text, Drop):
                 yield cleaning.rejected(document, text)
                 continue
-            if applies(data.privacy, file.source):
+            personal = applies(data.privacy, file.source)
+            if personal:
                 yield (scrubbed := scrubber.scrub(text))
                 text = scrubbed.text
             payload = text.encode()
+            digest = duplicates.digest(payload)
+            shown = not personal and digest[0] % SHOWN_SHARE == 0
             yield _origin(file, raw.row, raw.span) | {
-                "digest": duplicates.digest(payload),
+                "digest": digest,
                 "bytes": len(payload),
                 "label": None,
+                "script": scripts.script(text),
                 "text": text,
+                "before": raw.text[:SHOWN_CHARACTERS] if shown else None,
             }
 
     return read_file
@@ -260,6 +271,7 @@ def _image_reader(data: ImageData) -> Callable[[SourceFile], Iterator[Outcome]]:
                 "digest": duplicates.digest(raw.original),
                 "bytes": raw.pixels.nbytes,
                 "label": raw.label,
+                "script": None,
                 "pixels": raw.pixels.tobytes(),
                 "height": height,
                 "width": width,

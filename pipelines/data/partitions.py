@@ -58,6 +58,17 @@ class Cleaned:
     """Documents that overlap with each file of the evaluation sets."""
     overlaps: tuple[Overlap, ...]
 
+    def index_with_source(self) -> pa.Table:
+        name = pa.DictionaryArray.from_arrays(
+            pa.array(np.zeros(self.index.num_rows, dtype=np.int32)), pa.array([self.source])
+        )
+        return self.index.append_column("source", name)
+
+
+def indexed(cleaned: Sequence[Cleaned]) -> pa.Table:
+    """The index of all partitions, with the column `source`."""
+    return pa.concat_tables(part.index_with_source() for part in cleaned).unify_dictionaries()
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -68,7 +79,7 @@ class Shard:
     row_groups: tuple[int, ...]
     """Rows of each row group."""
     entry: FileEntry
-    counts: Mapping[str, int]
+    counts: Mapping[str, Any]
     """What the encoder counted, such as `tokens` and `padding`."""
     source: str
 
@@ -261,8 +272,8 @@ def _row_groups(rows: int, size: int) -> tuple[int, ...]:
     return tuple(min(size, rows - start) for start in range(0, rows, size))
 
 
-def _counted(rows: pa.Table) -> dict[str, int]:
-    counts: dict[str, int] = json.loads((rows.schema.metadata or {}).get(b"counts", b"{}"))
+def _counted(rows: pa.Table) -> dict[str, Any]:
+    counts: dict[str, Any] = json.loads((rows.schema.metadata or {}).get(b"counts", b"{}"))
     return counts
 
 

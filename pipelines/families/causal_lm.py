@@ -68,13 +68,18 @@ class CausalLM:
     def example(
         self, config: RunConfig, facts: Facts, row: Row, rng: np.random.Generator | None
     ) -> Example:
-        tokens, used = np.asarray(row["tokens"], dtype=np.int64), int(row["used"])
-        labels = tokens[1:].copy()
-        labels[used - 1 :] = IGNORED
-        example = {"input_ids": tokens[:-1], "labels": labels}
+        from pipelines.data.augment import TokenRow, augment
+
+        tokens = np.asarray(row["tokens"], dtype=np.int64)
+        seen = TokenRow(tokens, tokens, int(row["used"]), np.asarray(row.get("segment_starts", ())))
+        if rng is not None and config.train.augment.on:
+            seen = augment(seen, config.train.augment, facts, rng)
+        labels = seen.true[1:].copy()
+        labels[seen.used - 1 :] = IGNORED
+        example = {"input_ids": seen.shown[:-1], "labels": labels}
         assert isinstance(config.model, LlamaModel)
         if config.model.document_masking:
-            example["position_ids"] = restarting(row["segment_starts"], len(labels))
+            example["position_ids"] = restarting(seen.starts, len(labels))
         return example
 
     def collate(self, examples: Sequence[Example]) -> Batch:

@@ -29,6 +29,8 @@ class Suspects:
     def of(self, batch: int) -> list[str]:
         """Their places, of the batch of this number."""
         train = self.config.train
+        if train.input == "stream":
+            return ["unknown (rows of a stream come in no order that could be followed)"]
         order = order_of(self.corpus.row_groups("train"), self.config)
         positions = range(batch * train.global_batch, (batch + 1) * train.global_batch)
         try:

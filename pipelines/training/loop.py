@@ -36,6 +36,7 @@ from pipelines.training.guard import Verdict
 from pipelines.training.meter import Clock, Rates, peak_memory, peak_of
 from pipelines.training.sampler import RowReader, Sample, order_of, prefetched, share
 from pipelines.training.schedule import learning_rate
+from pipelines.training.stream import StreamSource
 from pipelines.training.watchdog import Preempted, Pulse
 from pipelines.training.zero import micro_batch
 
@@ -89,7 +90,8 @@ def train(job: TrainJob) -> dict[str, Any]:
     start = restore(store, lineage, engine)
     diary = Diary(Journal(store, job.run), Suspects(config, corpus), writes=world.first)
     diary.tell("launch", step=start.step, workers=world.size)
-    batches = BatchSource(config, family, corpus, world)
+    source = StreamSource if config.train.input == "stream" else BatchSource
+    batches = source(config, family, corpus, world)
     rates = _rates(config, family, corpus, world, diary.began)
     try:
         with Pulse.of(job.board, world, start.step) as pulse:
@@ -108,7 +110,7 @@ class _Run:
     store: Store
     lineage: Lineage
     engine: Engine
-    batches: BatchSource
+    batches: BatchSource | StreamSource
     writer: CheckpointWriter
     diary: Diary
     pulse: Pulse
@@ -220,7 +222,7 @@ class _Run:
         left_out = [back.step + self.shift, at.step + self.shift - 1]
         self.shift += at.step - back.step
         self.diary.tell("rewound", step=at.step, to=back.step, batches_left_out=left_out)
-        self.batches = replace(self.batches)  # the old one's thread may still be reading
+        self.batches = self.batches.again()
         return back
 
 
@@ -271,6 +273,10 @@ class BatchSource:
     def taken(self, number: int) -> list[Sample]:
         """What this rank's part of a batch was made from; to be asked for once."""
         return self._taken.pop(number)
+
+    def again(self) -> BatchSource:
+        """For batches from another place on: this one's thread may still be reading."""
+        return replace(self)
 
     def _example(self, sample: Sample) -> Any:
         rng = np.random.default_rng([self.config.seed, sample.epoch, sample.id])

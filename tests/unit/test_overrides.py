@@ -31,6 +31,7 @@ class Case:
 
 
 SHORT = ("data.sequence_length=32", "model.hidden_size=32", "model.layers=1")
+MASKED = "data.tokenizer.special_tokens=['<|mask|>']"
 SMALL = ("data.vocab_size=300",)
 NEAR = (*SMALL, "data.dedup.near=true")
 LINES = (*SMALL, "data.dedup.lines=5", "data.dedup.unit_characters=20")
@@ -90,7 +91,11 @@ CASES = (
     Case("data.decontaminate.action", "report", data.contamination, AGAINST),
     Case("data.vocab_size", "310", data.tokenizer, SMALL),
     Case("data.tokenizer_bytes", "300", data.tokenizer, SMALL),
+    Case("data.tokenizer.model", "unigram", data.tokenizer, SMALL),
+    Case("data.tokenizer.path", "given", data.tokenizer, SMALL),
+    Case("data.tokenizer.special_tokens", "['<|mask|>']", data.tokenizer, SMALL),
     Case("data.sequence_length", "24", data.row_width, SPREAD),
+    Case("data.packing", "best_fit", data.rows, SPREAD),
     Case("data.image_size", "12", data.pictures, SMALL_IMAGES, IMAGES),
     Case("data.channels", "3", data.pictures, SMALL_IMAGES, IMAGES),
     Case("data.shift", "0.3", data.augmented, PLAIN_IMAGES, IMAGES),
@@ -128,7 +133,14 @@ CASES = (
     Case("train.global_batch", "16", training.batches, FEW),
     Case("train.micro_batch", "2", training.batches, FEW),
     Case("train.micro_batch", "2", training.deepspeed_settings, FEW),
+    Case("train.augment.delete", "0.3", data.changed_rows, SHORT),
+    Case("train.augment.swap", "0.3", data.changed_rows, SHORT),
+    Case("train.augment.mask", "0.3", data.changed_rows, (*SHORT, MASKED)),
+    Case("train.augment.replace", "0.3", data.changed_rows, SHORT),
+    Case("train.augment.noise", "0.3", data.changed_rows, SHORT),
     # train: where and how
+    Case("train.input", "stream", training.launch, FEW),
+    Case("train.stream_bytes", "5000000", training.launch, (*FEW, "train.input=stream")),
     Case("train.workers", "4", training.launch, FEW),
     Case("train.threads_per_worker", "3", training.launch, FEW),
     Case("train.max_failures", "7", training.launch, FEW),

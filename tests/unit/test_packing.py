@@ -1,10 +1,11 @@
 """Packing: every token is predicted once, and every row knows its documents."""
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data import packing
@@ -12,10 +13,15 @@ from pipelines.data import packing
 EOT = 0
 
 
-def pack(lengths: list[int], sequence_length: int) -> tuple[packing.Packed, list[np.ndarray]]:
+Packer = Callable[..., packing.Packed]
+
+
+def pack(
+    lengths: list[int], sequence_length: int, packer: Packer = packing.pack
+) -> tuple[packing.Packed, list[np.ndarray]]:
     tokens = [np.arange(1, n + 1, dtype=np.uint16) + 100 * i for i, n in enumerate(lengths)]
     ids = np.array([1 << 32 | i for i in range(len(lengths))])
-    return packing.pack(tokens, ids, sequence_length, EOT), tokens
+    return packer(tokens, ids, sequence_length, EOT), tokens
 
 
 def stream_of(packed: packing.Packed) -> list[int]:
@@ -24,6 +30,7 @@ def stream_of(packed: packing.Packed) -> list[int]:
     return rows[0] + [token for row in rows[1:] for token in row[1:]]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 17))
 def test_rows_give_back_the_stream(lengths: list[int], sequence_length: int) -> None:
     packed, tokens = pack(lengths, sequence_length)
@@ -40,6 +47,7 @@ def test_rows_give_back_the_stream(lengths: list[int], sequence_length: int) -> 
     assert packed.padding == sequence_length + 1 - packed.used[-1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 17))
 def test_segments_name_the_document_of_every_token(
     lengths: list[int], sequence_length: int
@@ -71,7 +79,67 @@ def test_table_carries_types_and_counts() -> None:
         "list<item: int32>",
     ]
     counts = json.loads(table.schema.metadata[b"counts"])
-    assert counts == {"tokens": 13 + 4, "padding": int(packed.padding)}
+    assert counts == {
+        "tokens": 13 + 4,
+        "padding": int(packed.padding),
+        "cut_documents": 1,  # the second one, which takes eleven tokens
+        "cuts": 1,
+    }
+
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=14)
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(1, 17))
+def test_best_fit_predicts_every_token_once_from_what_stood_before_it(
+    lengths: list[int], sequence_length: int
+) -> None:
+    packed, tokens = pack(lengths, sequence_length, packing.pack_best_fit)
+    expected = sorted(
+        pair
+        for ids in tokens
+        for pair in zip([EOT, *ids.tolist()], [*ids.tolist(), EOT], strict=True)
+    )
+    rows = [row[:used].tolist() for row, used in zip(packed.tokens, packed.used, strict=True)]
+    assert sorted(pair for row in rows for pair in zip(row, row[1:], strict=False)) == expected
+    assert all(
+        (row[used:] == EOT).all() for row, used in zip(packed.tokens, packed.used, strict=True)
+    )
+    assert packed.counts["tokens"] == len(expected) + 1
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(1, 17))
+def test_best_fit_cuts_only_what_is_longer_than_a_row(
+    lengths: list[int], sequence_length: int
+) -> None:
+    packed, _ = pack(lengths, sequence_length, packing.pack_best_fit)
+    assert packed.cut_documents == sum(length + 1 > sequence_length for length in lengths)
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(1, 17), st.sampled_from([packing.pack, packing.pack_best_fit]))
+def test_places_lead_back_into_the_document(
+    lengths: list[int], sequence_length: int, packer: Packer
+) -> None:
+    packed, tokens = pack(lengths, sequence_length, packer)
+    for row in packing.to_table(packed).to_pylist():
+        bounds = [*row["segment_starts"], row["used"]]
+        for number, document in enumerate(row["segment_documents"]):
+            chain = [EOT, *tokens[document - (1 << 32)].tolist(), EOT]
+            place = row["segment_places"][number]
+            part = row["tokens"][bounds[number] : bounds[number + 1]]
+            assert part == chain[place : place + len(part)]
+
+
+def test_best_fit_fills_rows() -> None:
+    rng = np.random.default_rng(0)
+    packed, tokens = pack(rng.integers(5, 200, 600).tolist(), 256, packing.pack_best_fit)
+    assert packed.padding / packed.tokens.size < 0.02
+    assert packed.cut_documents == 0
+    split, _ = pack([len(ids) for ids in tokens], 256)
+    assert split.cut_documents > 150
 
 
 @pytest.mark.parametrize(("size", "name"), [(65_536, "uint16"), (65_537, "uint32")])

@@ -2,13 +2,14 @@
 
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from cluster.config import RunConfig
 from cluster.errors import SourceError
 from pipelines import prepare
-from pipelines.data import documents, duplicates
+from pipelines.data import documents, duplicates, sampling
 from tests import fakes
 
 TEXTS = [f"第{n}篇 document number {n}" for n in range(400)]
@@ -83,3 +84,29 @@ def test_sample_is_about_the_size_asked_for_and_does_not_follow_the_order() -> N
     assert shuffled.equals(taken)
     assert taken.column("document").to_pylist() != sorted(taken.column("document").to_pylist())
     assert prepare.sample(table, 1).num_rows == 1
+
+
+def test_every_source_and_script_is_in_the_sample() -> None:
+    scripts = ["Han"] * 4 + ["Cyrillic"] * 36 + ["Latin"] * 360
+    table = index(TEXTS).drop_columns("script").append_column("script", pa.array(scripts))
+    taken = prepare.sample(table, 3000)
+    counted = Counter(taken.column("script").to_pylist())
+    assert counted["Han"] == 4  # all there is
+    assert 36 * 3000 / 11_000 < counted["Cyrillic"] < counted["Latin"]
+    assert 3000 <= sum(taken.column("bytes").to_pylist()) < 3100
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "dealt"),
+    [
+        ([100.0, 100.0], 50, [25.0, 25.0]),
+        ([1.0, 10_000.0], 150, [1.0, 149.0]),
+        ([400.0, 100.0], 300, [200.0, 100.0]),
+        ([5.0, 7.0], 100, [5.0, 7.0]),
+        ([], 10, []),
+    ],
+)
+def test_shares_are_by_the_root_of_the_size_and_never_more_than_there_is(
+    sizes: list[float], limit: float, dealt: list[float]
+) -> None:
+    assert sampling.shares(np.array(sizes), limit).tolist() == pytest.approx(dealt)

@@ -1,0 +1,162 @@
+"""Partitions straight to training rows, for a corpus too large to store prepared.
+
+`prepare` then looks at a sample of the partitions only: it fits the encoder and writes the held-out
+rows. Training streams every partition through the steps that `prepare` would have taken, but for
+one: copies are found inside of a partition, not across the corpus.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.config import RunConfig
+from pipelines.data import documents, duplicates
+from pipelines.data.corpus import Corpus, as_numpy
+from pipelines.data.sources import SourceFile
+from pipelines.families.base import Encoder, Row
+
+SAMPLE = 4
+"""Times `data.tokenizer_bytes`: raw bytes that `prepare` looks at."""
+ROW_BITS = 20
+MOST_ROWS = 1 << ROW_BITS
+"""Of one partition: eight billion tokens at 8,192 to a row."""
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One partition in one epoch."""
+
+    epoch: int
+    partition: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a streamed row stands: a number of its own in an epoch, and its partition is done when
+    all `rows` of it were trained on."""
+
+    partition: int
+    rows: int
+    row: int
+
+    @property
+    def id(self) -> int:
+        return (self.partition << 2 * ROW_BITS) | (self.rows - 1) << ROW_BITS | self.row
+
+    @staticmethod
+    def of(number: int) -> "Place":
+        low = MOST_ROWS - 1
+        return Place(number >> 2 * ROW_BITS, (number >> ROW_BITS & low) + 1, number & low)
+
+
+def sampled(parts: Sequence[list[SourceFile]], config: RunConfig) -> list[list[SourceFile]]:
+    """Partitions that `prepare` looks at, in order: about `SAMPLE * data.tokenizer_bytes`."""
+    assert config.data.kind == "text"
+    order = np.random.default_rng([config.seed, len(parts)]).permutation(len(parts))
+    chosen, room = [], SAMPLE * config.data.tokenizer_bytes
+    for number in order.tolist():
+        if room <= 0:
+            break
+        chosen.append(number)
+        room -= sum(file.size for file in parts[number])
+    return [parts[number] for number in sorted(chosen)]
+
+
+def plan(
+    everything: Sequence[Sequence[SourceFile]],
+    looked_at: Sequence[Sequence[SourceFile]],
+    kept: pa.Table,
+    encoder: Encoder,
+) -> dict[str, Any]:
+    """What training needs to know of the stream: `partitions`, `bytes` of the files, and about how
+    many `rows` they give in an epoch.
+
+    Args:
+        kept: training documents of the partitions that were looked at; column `bytes`.
+    """
+    facts = encoder.facts()
+    total, seen = (sum(f.size for part in parts for f in part) for parts in (everything, looked_at))
+    share = sum(kept.column("bytes").to_pylist()) / max(seen, 1)
+    rows = total * share / facts["bytes_per_token"] / facts["sequence_length"]
+    return {"stream": {"partitions": len(everything), "bytes": total, "rows": round(rows)}}
+
+
+def epochs(partitions: int, seed: int, first: int = 0) -> Iterator[Piece]:
+    """Every partition of epoch after epoch, in an order that follows from seed and epoch."""
+    epoch = first
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(partitions)
+        yield from (Piece(epoch, partition) for partition in order.tolist())
+        epoch += 1
+
+
+def finished(epoch: np.ndarray, ids: np.ndarray) -> set[Piece]:
+    """Partitions all of whose rows were trained on.
+
+    Args:
+        epoch, ids: of every row that was; a row that was seen twice counts once.
+    """
+    pairs = np.unique(np.stack([epoch, ids]), axis=1)
+    keys, taken = np.unique(np.stack([pairs[0], pairs[1] >> ROW_BITS]), axis=1, return_counts=True)
+    done = set()
+    for number, key, count in zip(keys[0].tolist(), keys[1].tolist(), taken.tolist(), strict=True):
+        place = Place.of(key << ROW_BITS)
+        if count == place.rows:
+            done.add(Piece(number, place.partition))
+    return done
+
+
+def rows(
+    files: Sequence[SourceFile], piece: Piece, config: RunConfig, encoder: Encoder, heldout: float
+) -> pa.Table:
+    """Training rows of a partition in shuffled order, with `epoch` and `id`; a partition may give
+    none.
+
+    Args:
+        heldout: share of documents that are kept out.
+    """
+    from pipelines.prepare import is_heldout
+
+    table = documents.read(files, config.data, piece.partition).table
+    kept = [not is_heldout(d, config.seed, heldout) for d in table.column("digest").to_pylist()]
+    table = duplicates.unique(table.filter(pa.array(kept, pa.bool_())))
+    if not table.num_rows:
+        return pa.table({})
+    encoded = encoder.encode(table)
+    count = min(encoded.num_rows, MOST_ROWS)
+    order = np.random.default_rng([config.seed, piece.epoch, piece.partition]).permutation(count)
+    ids = [Place(piece.partition, count, row).id for row in order.tolist()]
+    return (
+        encoded.take(pa.array(order))
+        .append_column("epoch", pa.array([piece.epoch] * count, pa.int64()))
+        .append_column("id", pa.array(ids, pa.int64()))
+        .replace_schema_metadata(None)
+    )
+
+
+def as_rows(table: pa.Table) -> list[Row]:
+    columns = {name: as_numpy(table.column(name)) for name in table.column_names}
+    return [
+        {name: column[row] for name, column in columns.items()} for row in range(table.num_rows)
+    ]
+
+
+def stored_encoder(corpus: Corpus, config: RunConfig) -> Encoder:
+    """The encoder that a corpus was fitted with."""
+    from pipelines.data import existing_tokenizer
+    from pipelines.data.tokenizer import TextEncoder
+
+    assert config.data.kind == "text"
+    with corpus.artifact.local("encoder/") as folder:
+        found = existing_tokenizer.load(str(folder))
+    return TextEncoder(
+        found.serialized,
+        config.data.sequence_length,
+        corpus.facts["bytes_per_token"],
+        named=found.named,
+        layout=config.data.packing,
+    )
