@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config.privacy import PrivacySection
+from cluster.config.tokenizer import TokenizerSection
 from cluster.errors import ConfigError, PrivacyError
-from pipelines.data import tokenizer
+from pipelines.data import tokenizer, vocabulary
 from pipelines.data.privacy import scrub
 from pipelines.data.privacy.scrub import Scrubbed, Scrubber
 from pipelines.data.privacy.spans import Evidence, Span, resolve
@@ -195,7 +196,7 @@ def test_twice_changes_nothing(text: str) -> None:
 def test_surrogates_are_text_for_a_tokenizer() -> None:
     """Bytes like any other: they survive training and never become a control token."""
     text = scrubbed("写信给 a@example.com 或 b@example.com，卡号4111 1111 1111 1111。\n") * 20
-    trained = tokenizer.open_tokenizer(tokenizer.train([text], 300).to_str())
+    trained = tokenizer.open_tokenizer(vocabulary.train([text], 300, TokenizerSection()).to_str())
     ids = trained.encode(text, add_special_tokens=False).ids
     assert trained.decode(ids, skip_special_tokens=True) == text
     assert tokenizer.END_OF_TEXT_ID not in ids

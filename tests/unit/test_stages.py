@@ -68,13 +68,30 @@ OTHER: dict[str, Any] = {
     "train.on_spike": "stop",
     "serve.engine.precision": "fp32",
     "serve.engine.context": 64,
+    "serve.models": ["elsewhere"],
+    "serve.gpus_per_replica": 0.5,
+    "serve.ingress_replicas": 3,
+    "serve.max_surge_percent": 50,
+    "serve.requests_per_minute": 60,
+    "serve.tokens_per_minute": 60,
+    "serve.concurrent_per_key": 6,
+    "data.tokenizer.model": "unigram",
+    "data.tokenizer.special_tokens": ["<|user|>"],
+    "data.packing": "best_fit",
+    "train.input": "stream",
+    "train.augment.delete": 0.1,
+    "train.augment.swap": 0.1,
+    "train.augment.mask": 0.1,
+    "train.augment.replace": 0.1,
+    "train.augment.noise": 0.1,
 }
 # Keys that are refused alone: what the rest of the config must say, before and after the change.
 TOGETHER: dict[str, dict[str, Any]] = {
-    "train.offload_parameters": {"zero_stage": 3},
-    "train.zero_plus_plus.partition_size": {"zero_stage": 3},
-    "train.zero_plus_plus.quantized_weights": {"zero_stage": 3, "precision": "bf16"},
-    "train.zero_plus_plus.quantized_gradients": {"zero_stage": 3, "precision": "fp16"},
+    "train.offload_parameters": {"train": {"zero_stage": 3}},
+    "train.zero_plus_plus.partition_size": {"train": {"zero_stage": 3}},
+    "train.zero_plus_plus.quantized_weights": {"train": {"zero_stage": 3, "precision": "bf16"}},
+    "train.zero_plus_plus.quantized_gradients": {"train": {"zero_stage": 3, "precision": "fp16"}},
+    "train.augment.mask": {"data": {"tokenizer": {"special_tokens": ["<|mask|>"]}}},
 }
 # A path without an offload to it, or a family that has no use for the key, is refused outright.
 REFUSED = {
@@ -82,6 +99,11 @@ REFUSED = {
     ("image_classifier", "train.nvme_path"),
     ("image_classifier", "train.loss_chunk"),
     ("image_classifier", "train.activation_checkpointing"),
+    ("image_classifier", "train.input"),
+    *(
+        ("image_classifier", f"train.augment.{kind}")
+        for kind in ("delete", "swap", "mask", "replace", "noise")
+    ),
 }
 
 
@@ -106,8 +128,10 @@ def changed(config: RunConfig, key: str) -> RunConfig:
 
 def default(family: str, key: str = "") -> RunConfig:
     """The defaults of the schema: recipes are tuned, and say nothing about keys."""
-    tree = {"name": "demo", "family": family, "data": {"sources": ["here"]}}
-    return loading.validate({**tree, "train": dict(TOGETHER.get(key, {}))})
+    besides = TOGETHER.get(key, {})
+    data = {"sources": ["here"], **besides.get("data", {})}
+    tree = {"name": "demo", "family": family, "data": data, "train": besides.get("train", {})}
+    return loading.validate(tree)
 
 
 def keys() -> list[tuple[str, str]]:
