@@ -1,6 +1,5 @@
 """The ingress tier: HTTP in, deployments of engines behind it. No torch, no model."""
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,6 @@ from serving.admission import Admission, Books, OwnBooks, SharedBooks
 from serving.auth import Key, KeyFile, KeyRing, Quota
 from serving.border import Access, Border
 from serving.gateway import HandleGateway
-from serving.limits import Ledger, Verdict
 from serving.routes import Bounds, create_app
 from serving.schema import Limits, ModelCard
 from serving.service import Service
@@ -57,17 +55,5 @@ class Ingress:
 
 
 @ray.serve.deployment
-class Accounts:
-    """What keys have used, for all replicas of the ingress: see `limits.Ledger`. One replica."""
-
-    def __init__(self) -> None:
-        self._ledger = Ledger()
-
-    async def admit(
-        self, key: str, quota: Quota, call: str, tokens: int, seconds: float
-    ) -> Verdict:
-        now = time.monotonic()
-        return self._ledger.admit(key, quota, call, tokens, now, now + seconds)
-
-    async def settle(self, key: str, call: str, tokens: int) -> None:
-        self._ledger.settle(key, call, tokens)
+class Accounts(OwnBooks):
+    """What keys have used, for all replicas of the ingress. One replica."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from cluster.config.base import OPERATIONAL, Positive, Section
+from cluster.config.base import OPERATIONAL, Positive, Section, one_or_range
 from cluster.config.engine import EngineSection
 from cluster.errors import ConfigError
 
@@ -15,17 +15,13 @@ Allowance = Annotated[int | None, OPERATIONAL, Field(ge=1, le=10**12)]
 
 def _replicas(value: Any) -> Any:
     """One number, or the least and the most, as a tuple."""
-    counts = value if isinstance(value, list | tuple) else [value]
-    if any(type(count) is not int for count in counts) or (counts is value and len(counts) != 2):
-        raise ConfigError(
-            f"serve.replicas: input should be a number or [least, most], not {value!r}"
-        )
+    counts = one_or_range("serve.replicas", value)
     if not 0 <= counts[0] <= counts[-1] <= MOST_REPLICAS or counts[-1] == 0:
         raise ConfigError(
             f"serve.replicas: input should be from 1 to {MOST_REPLICAS}, the least first, which "
             f"may be 0 for a model that sleeps while nobody asks; not {value!r}"
         )
-    return tuple(counts) if counts is value else value
+    return counts if len(counts) == 2 else counts[0]
 
 
 Replicas = Annotated[int | tuple[int, int], BeforeValidator(_replicas)]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from cluster.config.augment import AugmentSection
-from cluster.config.base import OPERATIONAL, Fraction, Positive, Section
+from cluster.config.base import OPERATIONAL, Fraction, Positive, Section, one_or_range
 from cluster.errors import ConfigError
 
 Offload = Literal["none", "cpu", "nvme"]
@@ -14,17 +14,13 @@ MOST_WORKERS = 100_000
 
 def _workers(value: Any) -> Any:
     """One number, or the least and the most, as a tuple."""
-    sizes = value if isinstance(value, list | tuple) else [value]
-    if any(type(size) is not int for size in sizes) or (sizes is value and len(sizes) != 2):
-        raise ConfigError(
-            f"train.workers: input should be a number or [least, most], not {value!r}"
-        )
+    sizes = one_or_range("train.workers", value)
     if not 1 <= sizes[0] <= sizes[-1] <= MOST_WORKERS:
         raise ConfigError(
             f"train.workers: input should be from 1 to {MOST_WORKERS}, the least first, "
             f"not {value!r}"
         )
-    return tuple(sizes) if sizes is value else value
+    return sizes if len(sizes) == 2 else sizes[0]
 
 
 Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]

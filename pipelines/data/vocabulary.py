@@ -7,7 +7,8 @@ end-of-text; further control tokens stand at the end.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -35,28 +36,13 @@ def alphabet() -> list[str]:
 
 
 def _bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    tokenizer = _over_bytes(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=alphabet(),
-        special_tokens=[END_OF_TEXT],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    return tokenizer
+    return _learnt(models.BPE(), trainers.BpeTrainer, texts, vocab_size)
 
 
 def _unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """`tokenizers` finds the pieces; how likely each one is, is counted anew here, because its own
     sums come out differently each time."""
-    learner = _over_bytes(models.Unigram())
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=alphabet(),
-        special_tokens=[END_OF_TEXT],
-        show_progress=False,
-    )
-    learner.train_from_iterator(texts, trainer, length=len(texts))
+    learner = _learnt(models.Unigram(), trainers.UnigramTrainer, texts, vocab_size)
     pieces = sorted(set(learner.get_vocab()) - {END_OF_TEXT})
     scores = dict.fromkeys(pieces, -1.0)
     for _ in range(UNIGRAM_ROUNDS):
@@ -103,6 +89,21 @@ def _wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 _TRAINED = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram}
+
+
+def _learnt(
+    model: models.Model, trainer: Callable[..., Any], texts: Sequence[str], vocab_size: int
+) -> Tokenizer:
+    """What `tokenizers` makes of the texts with a trainer of its own."""
+    tokenizer = _over_bytes(model)
+    settings = trainer(
+        vocab_size=vocab_size,
+        initial_alphabet=alphabet(),
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, settings, length=len(texts))
+    return tokenizer
 
 
 def _over_bytes(model: models.Model) -> Tokenizer:
