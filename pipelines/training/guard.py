@@ -129,10 +129,12 @@ def death(signs: Sequence[Sign], errors: Iterable[str]) -> Death | None:
 def crash_loop(deaths: Sequence[Death]) -> str:
     """Why it is no use to start again; empty where it is.
 
-    Workers that went without a word before their first step say nothing about that step.
+    Where the starts began does not matter: a checkpoint that committed in between is no progress as
+    long as the same step ends them. Workers that went without a word before their first step say
+    nothing about that step.
     """
     last = deaths[-CRASHES:]
-    if len(last) < CRASHES or len({(death.start, death.step) for death in last}) > 1:
+    if len(last) < CRASHES or len({death.step for death in last}) > 1:
         return ""
     end = last[-1]
     if not end.error and end.step == end.start:

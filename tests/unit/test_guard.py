@@ -207,7 +207,7 @@ def test_three_deaths_in_one_step_are_a_crash_loop_and_progress_is_none() -> Non
     assert guard.crash_loop([bad, bad]) == ""
     assert "3 times in a row in step 18: ValueError: no" in guard.crash_loop([bad, bad, bad])
     assert guard.crash_loop([bad, bad, replace(bad, step=19)]) == ""
-    assert guard.crash_loop([bad, bad, replace(bad, start=12)]) == ""
+    assert guard.crash_loop([replace(bad, start=0), bad, bad]), "a commit between changes nothing"
     killed = guard.Death(10, 17, "")
     assert "killed" in guard.crash_loop([killed] * 3)
     assert guard.crash_loop([guard.Death(10, 10, "")] * 3) == ""
