@@ -23,12 +23,13 @@ class Completion:
     model: str
     prompts: tuple[Prompt, ...]
     sampling: SamplingParameters
-    """`max_tokens` 0 stands for: as many as fit."""
     n: int = 1
     echo: bool = False
     stream: bool = False
     include_usage: bool = False
     chat: bool = False
+    fill: bool = False
+    """As many tokens as fit; `max_tokens` of the sampling says nothing then."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class _GenerationBody(Body):
 
 
 class _CompletionBody(_GenerationBody):
+    # None at all scores or echoes the prompt.
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     prompt: str | list[str] | list[Token] | list[list[Token]] = ""
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -216,10 +219,12 @@ def _completion(
         raise RequestError(
             400, "stream_options is only allowed with stream: true", param="stream_options"
         )
+    tokens = _max_tokens(asked, limits)
     return Completion(
         model=asked.model,
         prompts=prompts,
-        sampling=_sampling(asked, _max_tokens(asked, limits, default_tokens), logprobs),
+        sampling=_sampling(asked, default_tokens if tokens is None else tokens, logprobs),
+        fill=chat and tokens is None,
         n=n,
         echo=echo,
         stream=bool(asked.stream),
@@ -228,17 +233,18 @@ def _completion(
     )
 
 
-def _max_tokens(asked: _GenerationBody, limits: Limits, default: int) -> int:
-    for name in ("max_completion_tokens", "max_tokens"):
-        wanted: int | None = getattr(asked, name)
-        if wanted is not None and wanted > limits.max_tokens:
+def _max_tokens(asked: _GenerationBody, limits: Limits) -> int | None:
+    # The newer name goes first where both are given.
+    given = [(name, getattr(asked, name)) for name in ("max_completion_tokens", "max_tokens")]
+    given = [(name, wanted) for name, wanted in given if wanted is not None]
+    for name, wanted in given:
+        if wanted > limits.max_tokens:
             raise RequestError(
                 400,
                 f"{name} {wanted} is above {limits.max_tokens}, the most that this service allows",
                 param=name,
             )
-    # The newer name goes first where both are given.
-    return asked.max_completion_tokens or asked.max_tokens or default
+    return given[0][1] if given else None
 
 
 def _sampling(asked: _GenerationBody, tokens: int, logprobs: int | None) -> SamplingParameters:

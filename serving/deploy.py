@@ -20,6 +20,7 @@ from serving.models import Served
 
 APPLICATION = "heliostat"
 IMPORT_PATH = "serving.app:build"
+POLICY = "serving.scaling:ByLoad"
 INGRESS, ACCOUNTS = "Ingress", "Accounts"
 INGRESS_REQUESTS = 1000
 """Requests that one ingress replica holds; the engines' own bounds refuse long before."""
@@ -173,8 +174,13 @@ def _replicas(config: ServeSection) -> dict[str, Any]:
     if isinstance(config.replicas, int):
         return {"num_replicas": config.replicas}
     least, most = config.replicas
+    policy = {
+        "policy_function": POLICY,
+        "policy_kwargs": {"target_tokens": config.target_tokens},
+    }
     return {
         "autoscaling_config": {
+            **({} if config.target_tokens is None else {"policy": policy}),
             "min_replicas": least,
             "max_replicas": most,
             "target_ongoing_requests": max(1.0, config.target_load * config.max_concurrent),

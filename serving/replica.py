@@ -10,6 +10,7 @@ import ray.serve
 from cluster.storage import Artifact, Store
 from pipelines import families
 from serving.engines.base import Engine, Event, Request, Stats
+from serving.scaling import QUEUED_TOKENS
 from serving.seen import Meter
 
 
@@ -50,6 +51,10 @@ class ModelReplica:
     async def stats(self) -> Stats:
         assert self._engine is not None
         return self._engine.stats()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve's autoscaling: see `scaling.ByLoad`."""
+        return {QUEUED_TOKENS: 0 if self._engine is None else self._engine.stats().queued_tokens}
 
     def check_health(self) -> None:
         if self._engine is not None:

@@ -85,7 +85,7 @@ class Service:
         card = self.card(asked.model, "completions")
         for prompt in asked.prompts:
             check_length(card, prompt)
-        if not asked.sampling.max_tokens:
+        if asked.fill:
             asked = await self._filled(card, asked, identity, ends)
         requests = sequences(asked, identity)
         style = ChatStyle() if asked.chat else TextStyle()

@@ -101,8 +101,14 @@ def open_runner(folder: Path, context_length: int, options: Options) -> Runner:
     model = model.to("cuda" if gpu else "cpu").eval()
     length = min(context_length, options.context or context_length)
     if not options.fast or not fits(model.config):
-        log.warning("general path: %d sequences x %d tokens at most", options.slots, length)
-        return GeneralRunner(model, folder, slots=options.slots, length=length)
+        general = GeneralRunner(
+            model, folder, slots=options.slots, length=length, constant=options.constant_shape
+        )
+        log.warning(
+            "general path, a pass for %s: %d sequences x %d tokens at most",
+            "each" if general.constant else "all", options.slots, length,
+        )  # fmt: skip
+        return general
     spare = 0 if options.constant_shape else options.prefixes
     _check_room(Shape.of(model.config), options.slots + spare, length, gpu)
     precision, kind = _held_as(model, options, gpu)

@@ -109,6 +109,9 @@ def test_log_probabilities_bias_and_penalties(served: Served) -> None:
     best = max(scores.top_logprobs[-1].items(), key=lambda item: item[1])
     assert best[0] == scores.tokens[-1] and best[1] == pytest.approx(scores.token_logprobs[-1])
     [wanted] = served.http.post("/tokenize", json={"model": "tiny", "prompt": "Q"}).json()["tokens"]
+    alone = served.openai.completions.create(**common, max_tokens=0, logprobs=2, echo=True)
+    assert alone.choices[0].text == PROMPT and alone.choices[0].logprobs is not None
+    assert alone.choices[0].logprobs.token_logprobs == scores.token_logprobs[: len(PROMPT)]
     biased = served.openai.completions.create(**common, max_tokens=4, logit_bias={str(wanted): 100})
     assert biased.choices[0].text == "QQQQ"
     shunned = served.openai.completions.create(

@@ -29,7 +29,7 @@ from tests.engines import (
     text_of,
 )
 
-SUBJECTS = ["table", "general", "fast", "fast-packed", "fast-constant"]
+SUBJECTS = ["table", "general", "general-constant", "fast", "fast-packed", "fast-constant"]
 PROMPTS = ["def ", "你好", "x", "import os\n\n", "The quick brown fox", "𝒳"]
 
 
@@ -58,8 +58,12 @@ def subject(request: pytest.FixtureRequest, folder: Path) -> Subject:
 def _opened(kind: str, folder: Path, slots: int = 4, spare: int = 2) -> Any:
     from transformers import AutoModelForCausalLM
 
-    if kind == "general":
-        return open_runner(folder, tiny_model.CONTEXT, Options(slots, fast=False))
+    if kind.startswith("general"):
+        constant = kind == "general-constant"
+        options = Options(slots, fast=False, constant_shape=constant)
+        opened: Any = open_runner(folder, tiny_model.CONTEXT, options)
+        assert opened.constant == constant
+        return opened
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     held: Any = Plain if kind == "fast" else Packed
     constant = kind == "fast-constant"

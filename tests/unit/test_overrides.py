@@ -183,6 +183,7 @@ CASES = (
     Case("serve.upscale_seconds", "9", service.deployments, FOLLOWING),
     Case("serve.downscale_seconds", "9", service.deployments, FOLLOWING),
     Case("serve.target_load", "0.9", service.deployments, FOLLOWING),
+    Case("serve.target_tokens", "900", service.deployments, FOLLOWING),
     Case("serve.max_surge_percent", "30", service.deployments),
     Case("serve.max_body_bytes", "2000", service.long_body),
     Case("serve.requests_per_minute", "7", service.quota),

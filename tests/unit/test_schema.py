@@ -21,6 +21,9 @@ def test_the_defaults_are_those_of_the_conventions() -> None:
     asked = completion()
     assert asked.sampling == SamplingParameters(max_tokens=16, temperature=1.0, top_p=1.0)
     assert (asked.n, asked.echo, asked.stream, asked.include_usage) == (1, False, False, False)
+    # To echo or score a prompt, and not as many as fit.
+    nothing = completion(max_tokens=0, echo=True, logprobs=1)
+    assert nothing.sampling.max_tokens == 0 and not nothing.fill
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,8 @@ def test_known_but_unsupported_fields_are_refused_by_name(fields: dict[str, Any]
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"max_tokens": 101}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
@@ -209,7 +213,7 @@ def test_a_chat_is_messages_of_text() -> None:
     )
     assert (asked.sampling.max_tokens, asked.sampling.logprobs, asked.chat) == (5, 3, True)
     # As many as fit, which only the model's tokenizer can tell.
-    assert chat({"role": "user", "content": "a"}).sampling.max_tokens == 0
+    assert chat({"role": "user", "content": "a"}).fill and not asked.fill
 
 
 @pytest.mark.parametrize(
@@ -223,6 +227,7 @@ def test_a_chat_is_messages_of_text() -> None:
         ([{"role": "user", "content": 3}], {}, "messages"),
         ([{"role": "user", "content": "a"}], {"top_logprobs": 2}, "top_logprobs"),
         ([{"role": "user", "content": "a"}], {"logprobs": 2}, "logprobs"),
+        ([{"role": "user", "content": "a"}], {"max_tokens": 0}, "max_tokens"),
     ],
 )
 def test_what_is_no_chat_is_refused(
