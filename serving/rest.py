@@ -75,8 +75,21 @@ class Serve:
             if time.monotonic() > ends:
                 raise ServingError(
                     f"the service is still {status} after {seconds:.0f} s: {failure(app)}"
+                    + _cure(app)
                 )
             time.sleep(POLL_SECONDS)
+
+
+def _cure(app: Mapping[str, Any]) -> str:
+    """What helps where new replicas wait for room that old ones take."""
+    for name, deployment in app.get("deployments", {}).items():
+        states = {replica["state"] for replica in deployment.get("replicas", ())}
+        if {"STARTING", "RUNNING"} <= states:
+            return (
+                f". New replicas of {name} start beside old ones, which keep answering, and may "
+                "lack the room: add some, or take serve.max_surge_percent=0 to stop old ones first"
+            )
+    return ""
 
 
 def _settled(app: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:

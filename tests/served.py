@@ -40,7 +40,7 @@ class Served:
         self.result = app.run(self.config)
         assert self.result.url is not None
         self.url = self.result.url
-        self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         self.openai = openai.OpenAI(
             base_url=f"{self.url}/v1",
             api_key="none",

@@ -174,7 +174,7 @@ def test_ten_times_the_load_is_answered_or_refused_at_once(served: Served) -> No
 
 
 def test_replicas_follow_the_load_from_one_to_three_and_back(served: Served) -> None:
-    """The last test of the module: it gives the service another number of replicas."""
+    """It and those that follow give the service another number of replicas."""
     from serving import app
 
     changed = served.config.serve.model_copy(
@@ -206,6 +206,39 @@ def test_replicas_follow_the_load_from_one_to_three_and_back(served: Served) -> 
     assert set(seen.statuses) == {200} and not seen.wrong
     assert until(lambda: len(pids()) == 1, 90)
     assert served.complete().status_code == 200
+
+
+def test_a_few_long_requests_bring_replicas_too(served: Served) -> None:
+    """By their tokens, where their number would never."""
+    from serving import app
+
+    changed = served.config.serve.model_copy(
+        update={"replicas": (1, 3), "target_load": 10.0, "target_tokens": 100}
+    )
+    app.run(served.config.model_copy(update={"serve": changed}))
+    assert until(lambda: len(pids()) == 1, 60)
+    seen, counts = Seen(), list[int]()
+
+    async def long(client: httpx.AsyncClient, ends: float) -> None:
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 120, "temperature": 0}
+        while time.monotonic() < ends:
+            answer = await client.post("/v1/completions", json=body)
+            seen.statuses[answer.status_code] += 1
+
+    async def loaded() -> None:
+        ends = time.monotonic() + 40
+        async with httpx.AsyncClient(base_url=served.url, timeout=40, trust_env=False) as client:
+            asking = [asyncio.create_task(long(client, ends)) for _ in range(8)]
+            while time.monotonic() < ends and max(counts, default=0) < 3:
+                counts.append(len(await asyncio.to_thread(pids)))
+                await asyncio.sleep(0.5)
+            for one in asking:
+                one.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
+    asyncio.run(loaded())
+    print(dict(seen.statuses), counts)
+    assert max(counts) > 1 and set(seen.statuses) == {200}
 
 
 def test_a_model_that_nobody_asks_sleeps_and_wakes(served: Served) -> None:

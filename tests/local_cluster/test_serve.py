@@ -3,7 +3,11 @@
 import asyncio
 import json
 import os
+import re
+import shutil
+import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +38,7 @@ def served(ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "serve.ingress_replicas=2",
         "serve.max_concurrent=4",
         "serve.max_waiting=2",
-        "serve.deadline_seconds=20",
+        "serve.deadline_seconds=60",
     )
     yield service
     service.close()
@@ -69,6 +73,27 @@ def test_the_openai_client_completes_and_streams(served: Served) -> None:
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
     assert [m.id for m in served.openai.models.list()] == ["tiny", "talker"]
     assert served.openai.models.retrieve("tiny").object == "model"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_lines_for_curl_in_the_documentation_run(served: Served) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    lines = re.findall(r"^\$ (curl (?:.*\\\n)*.*)$", text, re.MULTILINE)
+    answers = []
+    for line in lines:
+        command = line.replace("http://127.0.0.1:8000", served.url).replace("my-model", "tiny")
+        environment = os.environ | {"HELIOSTAT_API_KEY": "none", "NO_PROXY": "*"}
+        done = subprocess.run(
+            ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        answers.append(done.stdout)
+    whole, stream = answers
+    expected = tiny_model.greedy(served.folder / "1", "你好", 16)[1]
+    assert json.loads(whole)["choices"][0]["text"] == expected
+    frames = [line.removeprefix("data: ") for line in stream.splitlines() if line]
+    assert frames.pop() == "[DONE]"
+    assert "".join(json.loads(frame)["choices"][0]["text"] for frame in frames) == expected
 
 
 def test_a_chat_renders_the_models_own_template(served: Served) -> None:
@@ -314,6 +339,31 @@ def test_prometheus_sees_the_engine(served: Served) -> None:
         return all(any(line.startswith(name) for line in ours) for name in wanted)
 
     assert until(told, 30), figures()
+
+
+def test_a_replica_that_dies_cuts_a_stream_with_an_error_and_loses_no_answer(
+    served: Served,
+) -> None:
+    expected = served.complete(max_tokens=100).json()["choices"][0]["text"]
+    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "temperature": 0}
+    for _ in range(5):
+        [victim] = pids()
+        with ThreadPoolExecutor(3) as pool:
+            whole = [pool.submit(served.complete, max_tokens=100) for _ in range(3)]
+            with served.http.stream(
+                "POST", "/v1/completions", json=asked | {"stream": True}
+            ) as response:
+                lines = response.iter_lines()
+                assert next(lines).startswith("data: ")
+                os.kill(victim, signal.SIGKILL)
+                rest = [line for line in lines if line]
+            answers = [one.result() for one in whole]
+        assert {answer.status_code for answer in answers} == {200}
+        assert {answer.json()["choices"][0]["text"] for answer in answers} == {expected}
+        assert until(lambda gone=victim: len(pids()) == 1 and pids() != [gone], 60)  # type: ignore[misc]
+        if rest[-1] != "data: [DONE]":  # otherwise it was over before the replica was
+            break
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "replica_lost"
 
 
 def test_a_new_version_loads_in_place(served: Served) -> None:
