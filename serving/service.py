@@ -210,6 +210,7 @@ def sequences(asked: Completion, identity: str) -> list[GenerationRequest]:
                     prompt,
                     replace(asked.sampling, seed=seed),
                     asked.echo,
+                    whole=not asked.stream,
                 )
             )
     return found

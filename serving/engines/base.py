@@ -51,6 +51,8 @@ class GenerationRequest:
     sampling: SamplingParameters
     echo: bool = False
     """Begin the text with the prompt; with `logprobs`, report the prompt's too."""
+    whole: bool = False
+    """Nobody looks before the last event: tokens after the first may come as one."""
 
 
 @dataclass(frozen=True)

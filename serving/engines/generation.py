@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import ServingError
 from serving.engines import sampling
-from serving.engines.answer import Answer, merged
+from serving.engines.answer import Answer
 from serving.engines.base import (
     OVERLOADED,
     Chat,
@@ -31,9 +31,9 @@ from serving.engines.base import (
     Stats,
     TextRequest,
     TokenLogprob,
-    Tokens,
     is_last,
 )
+from serving.engines.mailbox import Mailbox
 from serving.engines.runner import Feed, Runner
 from serving.engines.sampling import Drawing
 from serving.engines.scheduler import Chunk, Scheduler
@@ -56,7 +56,7 @@ class _Sequence:
     scored: bool
     """Whether the prompt's own log-probabilities are asked for."""
     loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[Event]
+    mailbox: Mailbox
     scores: list[TokenLogprob] = field(default_factory=list)
     """Of the part of the prompt that was read."""
 
@@ -107,15 +107,15 @@ class GenerationEngine:
         if problem is not None or isinstance(request, TextRequest):
             yield problem or self._encoded(prompt)
             return
-        queue: asyncio.Queue[Event] = asyncio.Queue()
-        sequence = self._sequence(request, prompt, loop, queue)
+        mailbox = Mailbox(whole=request.whole)
+        sequence = self._sequence(request, prompt, loop, mailbox)
         refused = self._enqueue(sequence)
         if refused is not None:
             yield refused
             return
         try:
             yield Started(self.model, len(prompt), self._echo(request, prompt))
-            async for event in _until_last(queue):
+            async for event in mailbox.until_last():
                 yield event
         finally:
             self._forget([sequence.key])
@@ -160,7 +160,7 @@ class GenerationEngine:
         request: GenerationRequest,
         prompt: tuple[int, ...],
         loop: asyncio.AbstractEventLoop,
-        queue: asyncio.Queue[Event],
+        mailbox: Mailbox,
     ) -> _Sequence:
         asked = request.sampling
         text = TextStream(self._runner.pieces(), asked.stop)
@@ -171,7 +171,7 @@ class GenerationEngine:
             drawing=Drawing(asked),
             scored=request.echo and asked.logprobs is not None,
             loop=loop,
-            queue=queue,
+            mailbox=mailbox,
         )
 
     def _encoded(self, ids: tuple[int, ...]) -> Encoded:
@@ -361,7 +361,7 @@ def _deliver(events: Sequence[tuple[_Sequence, Sequence[Event]]]) -> None:
     """Hand all events of a step over at once: waking an event loop costs more than an event."""
     loops = {sequence.loop for sequence, _ in events}
     for loop in loops:
-        batch = [(s.queue, event) for s, news in events if s.loop is loop for event in news]
+        batch = [(s.mailbox, event) for s, news in events if s.loop is loop for event in news]
         try:
             loop.call_soon_threadsafe(_put, batch)
         except RuntimeError:
@@ -369,28 +369,11 @@ def _deliver(events: Sequence[tuple[_Sequence, Sequence[Event]]]) -> None:
             continue
 
 
-def _put(batch: Sequence[tuple[asyncio.Queue[Event], Event]]) -> None:
-    for queue, event in batch:
-        queue.put_nowait(event)
+def _put(batch: Sequence[tuple[Mailbox, Event]]) -> None:
+    for mailbox, event in batch:
+        mailbox.put(event)
 
 
 def _field(prompt: Prompt) -> str:
     """Where the request had it."""
     return "messages" if isinstance(prompt, Chat) else "prompt"
-
-
-async def _until_last(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
-    """Events in order; tokens that a slow reader has let pile up come as one."""
-    while True:
-        event = await queue.get()
-        piled: list[Tokens] = []
-        while isinstance(event, Tokens) and not queue.empty():
-            piled.append(event)
-            event = queue.get_nowait()
-        if piled and not isinstance(event, Tokens):
-            yield merged(piled)
-        elif piled and isinstance(event, Tokens):
-            event = merged([*piled, event])
-        yield event
-        if is_last(event):
-            return

@@ -178,7 +178,7 @@ def test_greedy_over_http_equals_generate_with_a_full_batch(served: Served) -> N
     )
 
 
-def test_a_stream_is_server_sent_events_that_come_one_by_one(served: Served) -> None:
+def test_a_stream_is_server_sent_events_that_come_piece_by_piece(served: Served) -> None:
     asked = {
         "model": "tiny",
         "prompt": PROMPT,
@@ -193,7 +193,8 @@ def test_a_stream_is_server_sent_events_that_come_one_by_one(served: Served) -> 
     frames = b"".join(chunks).split(b"\n\n")
     assert frames[-2:] == [b"data: [DONE]", b""]
     assert all(json.loads(f.removeprefix(b"data: "))["object"] for f in frames[:-2])
-    assert len(chunks) > 5
+    # Tokens of up to 20 ms come together; a tiny model makes many in that time.
+    assert len(chunks) > 2
 
 
 @pytest.mark.parametrize(
