@@ -26,7 +26,7 @@ from typing import Any
 
 from models import VOCABULARY, write
 
-from serving.engines import sampling
+from serving.engines import mailbox, sampling
 from serving.engines.base import GenerationRequest, SamplingParameters, Tokens
 from serving.engines.fast import FastRunner
 from serving.engines.generation import GenerationEngine
@@ -35,6 +35,7 @@ from serving.engines.loading import Options, open_generation
 from serving.engines.runner import Feed
 
 RNG = random.Random(0)
+mailbox.PAUSE = 0.0  # every token is to be seen when it comes
 
 
 def prompt(length: int) -> tuple[int, ...]:
