@@ -9,7 +9,6 @@ While one answers, the others that can be are stopped (SIGSTOP), so that they ta
 cores; a Ray would take the pause for a failure and stays awake.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +129,7 @@ class Server:
     def end(self) -> None:
         self.resume()
         # As Ctrl-C does: our command then ends the Ray that it started.
-        self._process.send_signal(signal.SIGINT)
+        self._process.send_signal(signal.SIGINT)  # nothing where it has ended
         try:
             self._process.wait(60 if self.name == "ours" else 5)
         except subprocess.TimeoutExpired:
@@ -139,20 +137,26 @@ class Server:
             self._process.wait()
 
     def _wait(self, log: Path) -> None:
-        """Until it lists its model."""
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        """Until its model is loaded."""
         ends = time.monotonic() + READY_SECONDS
         while time.monotonic() < ends and self._process.poll() is None:
-            try:
-                with opener.open(f"{self.url}/v1/models", timeout=5) as answer:
-                    if json.load(answer)["data"]:
-                        return
-            except (OSError, ValueError, KeyError):
-                pass
+            if self._ready(log):
+                return
             time.sleep(0.2)
+        if self._process.poll() is None:
+            self.end()
         tail = log.read_text(errors="replace")[-3000:]
-        self.end()
         raise SystemExit(f"{tail}\n{self.name} did not come up")
+
+    def _ready(self, log: Path) -> bool:
+        if self.name == "ours":
+            return b"answers with" in log.read_bytes()
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
 
 
 def _environment(setting: Setting) -> dict[str, str]:
