@@ -109,6 +109,8 @@ class Server:
                 stdout=printed,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # What a shell starts in the background ignores it, and hands that down.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 env=_environment(setting),
             )
         self._wait(log)
