@@ -111,7 +111,7 @@ class Server:
                 start_new_session=True,
                 # What a shell starts in the background ignores it, and hands that down.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-                env=_environment(setting),
+                env=_environment(kind, setting),
             )
         self._wait(log)
         self.ready_seconds = time.monotonic() - began
@@ -161,8 +161,10 @@ class Server:
             return False
 
 
-def _environment(setting: Setting) -> dict[str, str]:
-    paths = [str(HERE.parent), *filter(None, [os.environ.get("PEERS")])]
+def _environment(kind: str, setting: Setting) -> dict[str, str]:
+    paths = [str(HERE.parent)]
+    if kind != "ours":
+        paths += filter(None, [os.environ.get("PEERS")])
     # Short: Ray's unix sockets lie below it.
     folder = tempfile.mkdtemp(prefix="hb-", dir=setting.root)
     return os.environ | {
