@@ -73,8 +73,9 @@ def start_of(kind: str, setting: Setting, port: int) -> Start:
 def _ours(setting: Setting, port: int) -> Start:
     root = setting.root / "store"
     staging = Store(str(root)).stage("model", NAME)
-    # Nothing to replay: random weights have near-ties, which a lower precision turns.
-    detail = {"family": "causal_lm", "context_length": CONTEXT, "prompts": []}
+    # In a lower precision nothing to replay: random weights have near-ties, which it turns.
+    prompts = recorded(setting.folder) if setting.precision == "fp32" else []
+    detail = {"family": "causal_lm", "context_length": CONTEXT, "prompts": prompts}
     files = [p for p in setting.folder.iterdir() if p.suffix != ".gguf"]
     taken = setting.root / "published"
     taken.mkdir()
@@ -89,6 +90,17 @@ def _ours(setting: Setting, port: int) -> Start:
     ]  # fmt: skip
     command = [sys.executable, "-m", "cluster.cli", "serve", "gpt-demo", *overrides]
     return Start(command, pausable=False)
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """What publishing writes down, for the replica to prove itself with."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipelines.publish import parity_prompts
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return parity_prompts(model, folder, ("def ", "import os\n", "你好"))
 
 
 class Server:
