@@ -20,6 +20,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import sys
@@ -197,6 +198,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="another one, other prompts")
     asked = parser.parse_args()
+    # The servers must end with us, also where a time limit ends us.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     sys.path += filter(None, [os.environ.get("PEERS")])
     found: dict[str, float] = {}
     clients = [int(count) for count in asked.clients.split(",")]
