@@ -120,7 +120,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,
                 # What a shell starts in the background ignores it, and hands that down.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 env=_environment(kind, setting),
