@@ -21,12 +21,13 @@ import statistics
 import sysconfig
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from models import VOCABULARY, write
 
-from serving.engines import mailbox, sampling
+from serving.engines import generation, sampling
 from serving.engines.base import GenerationRequest, SamplingParameters, Tokens
 from serving.engines.fast import FastRunner
 from serving.engines.generation import GenerationEngine
@@ -35,7 +36,17 @@ from serving.engines.loading import Options, open_generation
 from serving.engines.runner import Feed
 
 RNG = random.Random(0)
-mailbox.PAUSE = 0.0  # every token is to be seen when it comes
+STEPS: list[float] = []
+"""When the engine's thread was through with each step."""
+_deliver = generation._deliver
+
+
+def _noted(events: Any) -> None:
+    STEPS.append(time.perf_counter())
+    _deliver(events)
+
+
+generation._deliver = _noted
 
 
 def prompt(length: int) -> tuple[int, ...]:
@@ -52,10 +63,6 @@ async def stamps(engine: GenerationEngine, tokens: tuple[int, ...], new: int) ->
     return seen
 
 
-def gaps(seen: list[float]) -> list[float]:
-    return [later - earlier for earlier, later in zip(seen[1:], seen[2:], strict=False)]
-
-
 async def beside(
     engine: GenerationEngine, running: int, tokens: tuple[int, ...], new: int
 ) -> tuple[float, float, float]:
@@ -64,10 +71,11 @@ async def beside(
     await asyncio.sleep(0)
     while engine.stats().completion_tokens_total < running * 8:
         await asyncio.sleep(0.002)
+    STEPS.clear()
     joined = await stamps(engine, tokens, 2)
-    seen = [gaps(one) for one in await asyncio.gather(*others)]
-    everything = [gap for one in seen for gap in one[2:]]
-    return statistics.median(everything), max(everything), joined[1] - joined[0]
+    await asyncio.gather(*others)
+    spent = [later - earlier for earlier, later in pairwise(STEPS)]
+    return statistics.median(spent), max(spent), joined[1] - joined[0]
 
 
 async def measure(engine: GenerationEngine) -> dict[str, float]:

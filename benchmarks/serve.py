@@ -3,8 +3,9 @@
 The same weights, the same prompts, greedy, all servers alive at once and asked in turns; every
 ratio is between turns that followed each other. A turn is so many clients at once, each of which
 sends its requests one after the other and waits for the whole answer; rates count the tokens of
-answers, prompts are inside the time. With one client, streams tell when the first token comes.
-The client shares the cores.
+answers, prompts are inside the time. `per cpu s` are tokens per second of processor time of all
+the server's processes, which does not count what others took. With one client, streams tell when
+the first token comes. The client shares the cores.
 
     python benchmarks/serve.py [--sizes 10m,90m] [--clients 1,8,32] [--precisions fp32,int8]
                                [--kinds ours,llama.cpp,transformers,batching] [--rounds 3]
@@ -125,8 +126,11 @@ class Turns:
             turn = number % len(self._servers)
             for server in [*self._servers[turn:], *self._servers[:turn]]:
                 server.resume()
+                before, tokens = server.cpu_seconds(), count * EACH[count] * self._new
                 seconds = asyncio.run(wave(server, asked, self._new))
-                self._note(f"{count}", server, count * EACH[count] * self._new / seconds)
+                self._note(f"{count}", server, tokens / seconds)
+                spent = server.cpu_seconds() - before
+                self._note(f"{count} per cpu s", server, tokens / max(spent, 0.01))
                 if count == 1:
                     for mine in asked[0][:STREAMS]:
                         # Another beginning, so that no cache has it.
@@ -172,7 +176,7 @@ def figures(seen: dict[Key, list[float]], group: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for (what, name), values in seen.items():
         found[f"{group}/{what}/{name}"] = round(statistics.median(values), 2)
-        if name == "ours" or not what.isdigit():
+        if name == "ours" or what.startswith("first"):
             continue
         pairs = zip(seen[what, "ours"], values, strict=True)
         ratio = statistics.median(one / other for one, other in pairs)

@@ -18,6 +18,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,18 @@ class Server:
     def body(self, prompt: str, tokens: int) -> dict[str, Any]:
         asked = {"model": self.start.model, "prompt": prompt, "max_tokens": tokens}
         return {**asked, "temperature": 0, **self.start.extra}
+
+    def cpu_seconds(self) -> float:
+        """Processor time that the server has taken so far, all its processes together."""
+        import psutil
+
+        spent = 0.0
+        leader = psutil.Process(self._process.pid)
+        for process in [leader, *leader.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                spent += times.user + times.system
+        return spent
 
     def end(self) -> None:
         self.resume()
