@@ -26,6 +26,7 @@ from serving.admission import Admission, OwnBooks
 from serving.auth import KeyRing, Quota
 from serving.border import Access
 from serving.engines.base import Event, Finished, GenerationRequest, Started, Tokens
+from serving.engines.mailbox import compact
 from serving.routes import Bounds, create_app
 from serving.schema import Limits, ModelCard
 from serving.service import Service
@@ -38,17 +39,30 @@ STREAMED = 200
 
 
 class Echo:
-    """An engine that costs nothing, as a gateway and as a deployment."""
+    """An engine that costs nothing, as a gateway."""
 
     def models(self) -> Sequence[ModelCard]:
         return (CARD,)
 
-    async def submit(self, *given: Any, whole: bool = False) -> AsyncIterator[Event]:
-        request: GenerationRequest = given[-1]
+    async def submit(
+        self, card: ModelCard, request: Any, *, whole: bool = False
+    ) -> AsyncIterator[Event]:
         yield Started(CARD.artifact, 4)
         for _ in range(request.sampling.max_tokens):
             yield Tokens(" echo", (1,))
         yield Finished("length", request.sampling.max_tokens)
+
+
+class EchoReplica:
+    """The same as a deployment: what crosses is what crosses from an engine."""
+
+    async def submit(self, request: GenerationRequest) -> AsyncIterator[tuple[Event, ...]]:
+        events = Echo().submit(CARD, request)
+        if request.whole:
+            yield tuple(compact([event async for event in events]))
+        else:
+            async for event in events:
+                yield (event,)
 
 
 def bare() -> None:
@@ -88,7 +102,7 @@ def tiers(root: str) -> None:
             "max_body_bytes": 8 << 20, "loopback": True, "quota": {},
         }  # fmt: skip
         ray.serve.start(http_options={"host": "127.0.0.1", "port": PORTS["tiers"]})
-        echo: Any = ray.serve.deployment(Echo).options(name="echo", max_ongoing_requests=500)
+        echo: Any = ray.serve.deployment(EchoReplica).options(name="echo", max_ongoing_requests=500)
         front: Any = Ingress
         front = front.options(
             max_ongoing_requests=2000, user_config={"models": [CARD.__dict__], "operator": None}

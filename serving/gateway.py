@@ -73,12 +73,13 @@ class HandleGateway:
 
 async def _attempt(handle: Any, request: Request) -> AsyncIterator[Event]:
     """The events of one try; the last one is `REPLICA_LOST` where its replica died."""
-    events = handle.submit.remote(request)
+    groups = handle.submit.remote(request)
     ended = False
     try:
-        async for event in events:
-            ended = is_last(event)
-            yield event
+        async for group in groups:
+            for event in group:
+                ended = is_last(event)
+                yield event
         ended = True
     except BackPressureError:
         ended = True
@@ -96,4 +97,4 @@ async def _attempt(handle: Any, request: Request) -> AsyncIterator[Event]:
         yield REPLICA_LOST
     finally:
         if not ended:
-            events.cancel()
+            groups.cancel()

@@ -9,7 +9,7 @@ import ray.serve
 
 from cluster.storage import Artifact, Store
 from pipelines import families
-from serving.engines.base import Engine, Event, Request, Stats
+from serving.engines.base import Engine, Event, GenerationRequest, Request, Stats
 from serving.scaling import QUEUED_TOKENS
 from serving.seen import Meter
 
@@ -41,12 +41,17 @@ class ModelReplica:
         if before is not None:
             before.close()
 
-    async def submit(self, request: Request) -> AsyncIterator[Event]:
+    async def submit(self, request: Request) -> AsyncIterator[tuple[Event, ...]]:
+        """Events in groups, because each group is a message: all at once where nobody looks before
+        the last one."""
         assert self._engine is not None and self._meter is not None  # configured before requests
         watched = self._meter.watched(self._engine.submit(request))
         async with aclosing(watched) as events:  # type: ignore[type-var]
-            async for event in events:
-                yield event
+            if isinstance(request, GenerationRequest) and not request.whole:
+                async for event in events:
+                    yield (event,)
+            else:
+                yield tuple([event async for event in events])
 
     async def stats(self) -> Stats:
         assert self._engine is not None

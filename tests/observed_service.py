@@ -240,8 +240,9 @@ class Events:
     def __init__(self, request: GenerationRequest) -> None:
         self._events = _dawdle(request)
 
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self._events
+    async def __aiter__(self) -> AsyncIterator[tuple[Event, ...]]:
+        async for event in self._events:
+            yield (event,)
 
     def cancel(self) -> None:
         pass

@@ -35,12 +35,12 @@ class Call:
         self._events = events
         self.cancelled = False
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    async def __aiter__(self) -> AsyncIterator[tuple[Event, ...]]:
         for event in self._events:
             await asyncio.sleep(0)
             if isinstance(event, Exception):
                 raise event
-            yield event
+            yield (event,)
 
     def cancel(self) -> None:
         self.cancelled = True
