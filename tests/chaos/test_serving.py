@@ -9,11 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partialmethod
 from typing import Any
 
 import httpx
 import pytest
 
+from cluster.errors import ServingError
 from serving import deploy
 from tests.fuzzing import fire
 from tests.served import Served, busy, memory, pids, until
@@ -275,3 +277,25 @@ def test_a_model_that_nobody_asks_sleeps_and_wakes(served: Served) -> None:
     assert until(lambda: pids() == [], 90)
     assert served.complete().status_code == 200
     assert len(pids()) == 1
+
+
+def test_a_full_cluster_answers_with_the_old_replicas_until_there_is_room(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from serving import app, rest
+
+    def deployed(**changes: Any) -> None:
+        changed = served.config.serve.model_copy(update={"replicas": 4, **changes})
+        app.run(served.config.model_copy(update={"serve": changed}))
+
+    deployed()
+    before = set(pids())
+    assert len(before) == 4  # as many as Ray has CPUs
+    monkeypatch.setattr(rest.Serve, "wait", partialmethod(rest.Serve.wait, seconds=20.0))
+    with pytest.raises(ServingError, match="serve.max_surge_percent=0"):
+        deployed(max_waiting=17)
+    assert set(pids()) == before and served.complete().status_code == 200
+    monkeypatch.undo()
+    deployed(max_waiting=17, max_surge_percent=0)
+    assert until(lambda: len(pids()) == 4 and not before & set(pids()), 60)
+    assert served.complete().status_code == 200
