@@ -96,6 +96,10 @@ class GenerationEngine:
 
     async def submit(self, request: GenerationRequest | TextRequest) -> AsyncIterator[Event]:
         loop = asyncio.get_running_loop()
+        if isinstance(request, GenerationRequest) and self._full():
+            # Before anything is spent on it: there may be many of these.
+            yield OVERLOADED
+            return
         try:
             prompt = await loop.run_in_executor(
                 self._tokenizing, self._runner.encode, request.prompt
@@ -173,6 +177,10 @@ class GenerationEngine:
             loop=loop,
             mailbox=mailbox,
         )
+
+    def _full(self) -> bool:
+        with self._changed:
+            return self._scheduler.full
 
     def _encoded(self, ids: tuple[int, ...]) -> Encoded:
         pieces = tuple(self._runner.piece(token)[0] for token in ids)

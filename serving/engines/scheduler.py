@@ -84,13 +84,18 @@ class Scheduler:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def full(self) -> bool:
+        """Whether all slots and the whole queue are taken."""
+        return self.running + self.waiting >= self._slots + self._max_waiting
+
     def submit(self, request_id: str, prompt: Sequence[int] = (0,), *, reuse: bool = True) -> bool:
-        """Take a request; False where all slots and the whole queue are taken.
+        """Take a request; False where the scheduler is full.
 
         Args:
             reuse: whether what another request has read of the same beginning may be taken over.
         """
-        if self.running + self.waiting >= self._slots + self._max_waiting:
+        if self.full:
             return False
         self._readings[request_id] = _Reading(prompt, reuse and self._chunk is not None)
         self._waiting.append(request_id)

@@ -14,6 +14,7 @@ from serving.engines.base import (
     Failed,
     Finished,
     GenerationRequest,
+    Prompt,
     Started,
     TextRequest,
 )
@@ -32,6 +33,11 @@ class ScriptedRunner(TableRunner):
         self.gate = threading.Event()
         self.gate.set()
         self.fault: Exception | None = None
+        self.encoded: list[Prompt] = []
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        self.encoded.append(prompt)
+        return super().encode(prompt)
 
     def forward(self, decode: Sequence[Feed], prompts: Sequence[Feed]) -> torch.Tensor:
         self.gate.wait()
@@ -97,8 +103,9 @@ def test_the_queue_refuses_with_503_and_a_closed_iterator_frees_its_slot() -> No
     async def scenario() -> None:
         first = engine.submit(request(name="1"))
         assert isinstance(await anext(first), Started)
-        [refused] = await answer(engine, request(name="2"))
+        [refused] = await answer(engine, request("长" * 99, name="2"))
         assert isinstance(refused, Failed) and refused.status == 503 and refused.retry_after
+        assert runner.encoded == ["a"]  # who is refused costs no tokenizing
         await first.aclose()
         assert engine.stats().running + engine.stats().waiting == 0
         runner.gate.set()
