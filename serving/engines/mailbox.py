@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from serving.engines.answer import merged
 from serving.engines.base import Event, Tokens, is_last
@@ -21,9 +21,11 @@ class Mailbox:
 
     Args:
         whole: nobody looks before the last event, so that all tokens after the first may wait.
+        clock: seconds, from any beginning.
     """
 
-    def __init__(self, *, whole: bool = False) -> None:
+    def __init__(self, *, whole: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._events: list[Event] = []
         self._ready = asyncio.Event()
         self._pause = math.inf if whole else PAUSE
@@ -31,7 +33,7 @@ class Mailbox:
 
     def put(self, event: Event) -> None:
         self._events.append(event)
-        if not isinstance(event, Tokens) or time.monotonic() >= self._due:
+        if not isinstance(event, Tokens) or self._clock() >= self._due:
             self._ready.set()
 
     async def until_last(self) -> AsyncIterator[Event]:
@@ -44,7 +46,7 @@ class Mailbox:
                 if is_last(event):
                     return
                 if isinstance(event, Tokens):
-                    self._due = time.monotonic() + self._pause
+                    self._due = self._clock() + self._pause
 
 
 def compact(events: Sequence[Event]) -> list[Event]:

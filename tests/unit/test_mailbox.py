@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from serving.engines import mailbox
 from serving.engines.base import Event, Finished, PromptScored, Tokens
-from serving.engines.mailbox import Mailbox, compact
+from serving.engines.mailbox import PAUSE, Mailbox, compact
 
 
 def token(text: str) -> Tokens:
@@ -24,20 +23,22 @@ def test_tokens_that_follow_each_other_become_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("whole", "pause", "expected"),
+    ("whole", "between", "expected"),
     [
-        (False, 0.0, ["a", "b", "c", "d", "length"]),
-        (False, 60.0, ["a", "bcd", "length"]),  # the end waits for nobody
-        (True, 0.0, ["a", "bcd", "length"]),
+        (False, PAUSE, ["a", "b", "c", "d", "length"]),
+        (False, PAUSE / 2, ["a", "bc", "d", "length"]),
+        (False, 0.0, ["a", "bcd", "length"]),  # the end waits for nobody
+        (True, PAUSE, ["a", "bcd", "length"]),
     ],
 )
-def test_the_first_token_never_waits_and_the_end_never_does(
-    whole: bool, pause: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
+def test_the_first_token_and_the_end_never_wait(
+    whole: bool, between: float, expected: list[str]
 ) -> None:
-    monkeypatch.setattr(mailbox, "PAUSE", pause)
+    now = 1.0
 
     async def scenario() -> list[str]:
-        box, seen = Mailbox(whole=whole), list[str]()
+        nonlocal now
+        box, seen = Mailbox(whole=whole, clock=lambda: now), list[str]()
 
         async def read() -> None:
             async for event in box.until_last():
@@ -49,27 +50,8 @@ def test_the_first_token_never_waits_and_the_end_never_does(
             box.put(event)
             for _ in range(5):
                 await asyncio.sleep(0)
+            now += between
         await asyncio.wait_for(reading, 5)
         return seen
 
     assert asyncio.run(scenario()) == expected
-
-
-def test_tokens_leave_once_their_pause_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mailbox, "PAUSE", 0.01)
-
-    async def scenario() -> str:
-        box = Mailbox()
-        events = box.until_last()
-        box.put(token("a"))
-        assert await anext(events) == token("a")
-        waiting = asyncio.ensure_future(anext(events))
-        box.put(token("b"))
-        await asyncio.sleep(0.02)
-        assert not waiting.done()
-        box.put(token("c"))
-        event = await asyncio.wait_for(waiting, 5)
-        assert isinstance(event, Tokens)
-        return event.text
-
-    assert asyncio.run(scenario()) == "bc"
