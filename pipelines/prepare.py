@@ -6,15 +6,14 @@ comes out depends on the files and the recipe alone, never on how many tasks wor
 """
 
 import functools
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,18 +21,16 @@ import pyarrow.compute as pc
 
 from cluster import progress
 from cluster.config import RunConfig, TextData
-from cluster.errors import HeliostatError, SourceError
+from cluster.errors import HeliostatError
 from cluster.session import open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, resolved
 from cluster.storage import Artifact, FileEntry, Staging, Store
 from cluster.version import code_version
 from pipelines import families
 from pipelines.data import (
-    cleaning,
     contamination,
     corpus_report,
     documents,
-    duplicates,
     duplicates_lines,
     duplicates_near,
     images,
@@ -42,57 +39,27 @@ from pipelines.data import (
     sources,
     streaming,
 )
-from pipelines.data.cleaning import Rejected
-from pipelines.data.contamination import Evaluations, Overlap
+from pipelines.data.choice import (
+    NOBODY,
+    Chosen,
+    Left,
+    choose,
+    from_first_line,
+    left_out,
+    lines_before_each,
+)
+from pipelines.data.contamination import Evaluations
 from pipelines.data.corpus import PART_BITS, SPLITS, Split
 from pipelines.data.counting import cost_of_packing, headline, metrics, summed
 from pipelines.data.partitions import Cleaned, Encoding, Shard
 from pipelines.data.sampling import sample
 from pipelines.data.scratch import Scratch
 from pipelines.data.sealing import Sealing
-from pipelines.data.sources import Listing, Reject, SourceFile
+from pipelines.data.sources import Listing, SourceFile
 from pipelines.families.base import Encoder
-
-NOBODY = np.array([], dtype=np.int64)
-"""Ids of no document."""
 
 Page = Callable[[str, Mapping[str, Any]], bytes]
 """From the corpus's name and its `report.json`."""
-
-
-@dataclass(frozen=True)
-class Left:
-    """What did not make it into the corpus, counted."""
-
-    drops: Counter[str] = field(default_factory=Counter)
-    """Documents that were read and are not wanted, by reason."""
-    reasons: Counter[str] = field(default_factory=Counter)
-    """Rows and files that could not be read, by reason."""
-    files: tuple[Reject, ...] = ()
-    """The files among them; the rows lie in the scratch folder."""
-    sample: tuple[Rejected, ...] = ()
-    """Some of the documents that are not wanted."""
-    personal: Counter[str] = field(default_factory=Counter)
-    """Personal values that a surrogate stands for, by type."""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Which documents go where."""
-
-    splits: Mapping[Split, pa.Table]
-    """Index of each split (columns `documents.INDEX`), sorted by document id."""
-    left: Left
-
-    @property
-    def labels(self) -> list[str]:
-        """Labels of the training documents, sorted; empty for text."""
-        return _labels(self.splits["train"])
-
-    def only_heldout(self) -> "Chosen":
-        """For a stream, whose training documents are read when they are trained on."""
-        nothing = self.splits["train"].slice(0, 0)
-        return replace(self, splits={**self.splits, "train": nothing})
 
 
 def inputs(config: RunConfig) -> dict[str, Any]:
@@ -190,7 +157,7 @@ def _staged(store: Store, config: RunConfig, found: Listing) -> Iterator[Staging
         raise
 
 
-# ------------------------------------------------------------------ read, clean, choose
+# ------------------------------------------------------------------ read and clean
 
 
 def _read(
@@ -206,126 +173,21 @@ def _read(
     return sorted(cleaned, key=lambda part: part.partition)
 
 
-def left_out(listed: Sequence[Reject], cleaned: Sequence[Cleaned]) -> Left:
-    """Everything that was left out so far. Several partitions of one file may tell the same."""
-    files = {*listed, *(reject for part in cleaned for reject in part.files)}
-    drops = sum((part.drops for part in cleaned), Counter[str]())
-    rows = sum((part.reasons for part in cleaned), Counter[str]())
-    in_order = tuple(sorted(files, key=lambda reject: (reject.file, reject.reason)))
-    sample: tuple[Rejected, ...] = ()
-    lines_before = _lines_before(cleaned)
-    for part in cleaned:
-        before = lines_before.get(part.partition, {})
-        own = (_from_first_line(one, before) for one in part.sample)
-        sample = cleaning.sampled([*sample, *own])
-    reasons = rows + Counter(reject.reason for reject in in_order)
-    personal = sum((part.personal for part in cleaned), Counter[str]())
-    return Left(drops, reasons, in_order, sample, personal)
-
-
-Placed = TypeVar("Placed", Rejected, Overlap)
-
-
-def _from_first_line(one: Placed, before: Mapping[str, int]) -> Placed:
-    lines = before.get(one.file, 0)
-    return replace(one, row=one.row + lines) if one.row is not None and lines else one
-
-
-def _lines_before(cleaned: Sequence[Cleaned]) -> dict[int, dict[str, int]]:
-    """By partition: lines of its files that earlier partitions hold."""
-    seen: Counter[str] = Counter()
-    before: dict[int, dict[str, int]] = {}
-    for part in cleaned:
-        known = {path: seen[path] for path in part.lines if seen[path]}
-        if known:
-            before[part.partition] = known
-        seen.update(part.lines)
-    return before
-
-
 def _overlaps(
     staging: Staging, found: Evaluations | None, cleaned: Sequence[Cleaned]
 ) -> list[FileEntry]:
     """Which documents overlapped with what, and where."""
     if found is None:
         return []
-    lines_before = _lines_before(cleaned)
+    lines_before = lines_before_each(cleaned)
     overlaps = (
-        _from_first_line(overlap, lines_before.get(part.partition, {}))
+        from_first_line(overlap, lines_before.get(part.partition, {}))
         for part in cleaned
         for overlap in part.overlaps
     )
     documents = sum((part.contaminated for part in cleaned), Counter[str]())
     tree = contamination.report(found, documents, overlaps)
     return [staging.write_json("contamination.json", tree)]
-
-
-def choose(config: RunConfig, index: pa.Table, left: Left, near: np.ndarray = NOBODY) -> Chosen:
-    """Duplicates out, then each document to its split. Pure.
-
-    Args:
-        near: ids of documents that are nearly the same as another.
-
-    Raises:
-        SourceError: if nothing usable remains, or a split would be empty.
-    """
-    if not index.num_rows:
-        raise SourceError(_nothing_usable(config, left))
-    fraction = config.data.heldout_fraction
-    unique = duplicates.unique(index)
-    drops = Counter(duplicate=index.num_rows - unique.num_rows)
-    alone = unique.filter(pc.invert(pc.is_in(unique.column("document"), pa.array(near))))
-    drops["near_duplicate"] = unique.num_rows - alone.num_rows
-    unique = alone
-    held = _held(unique, config.seed, fraction)
-    train, heldout = unique.filter(pc.invert(held)), unique.filter(held)
-    if labels := _labels(train):
-        known = heldout.filter(pc.is_in(heldout.column("label"), pa.array(labels)))
-        drops["label_not_in_training"] = heldout.num_rows - known.num_rows
-        heldout = known
-    if not train.num_rows or not heldout.num_rows:
-        raise SourceError(_empty_split(fraction, unique.num_rows, heldout.num_rows))
-    left = replace(left, drops=+(left.drops + drops))
-    return Chosen({"train": train, "heldout": heldout}, left)
-
-
-def _held(index: pa.Table, seed: int, fraction: float) -> pa.ChunkedArray:
-    """Whether each document is held out; Python's objects exist for some of them at a time."""
-    batches = (batch.column("digest") for batch in index.to_batches(max_chunksize=1 << 16))
-    chunks = [
-        pa.array([is_heldout(digest, seed, fraction) for digest in digests.to_pylist()])
-        for digests in batches
-    ]
-    return pa.chunked_array(chunks, pa.bool_())
-
-
-def is_heldout(digest: bytes, seed: int, fraction: float) -> bool:
-    """By content, so that a document stays on its side when others come and go."""
-    keyed = hashlib.blake2b(digest, digest_size=8, key=seed.to_bytes(8)).digest()
-    return int.from_bytes(keyed) < fraction * 2**64
-
-
-def _labels(index: pa.Table) -> list[str]:
-    return sorted(label for label in index.column("label").unique().to_pylist() if label)
-
-
-def _nothing_usable(config: RunConfig, left: Left) -> str:
-    reasons = left.reasons + left.drops
-    counted = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(4)) or "no documents"
-    example = f"; such as {left.files[0].file}" if left.files else ""
-    return (
-        f"data.sources hold no usable {config.data.kind} ({counted}{example}): "
-        "give others, or loosen the limits in data"
-    )
-
-
-def _empty_split(fraction: float, total: int, heldout: int) -> str:
-    empty = "training" if heldout else "held-out"
-    cure = "a smaller" if heldout else "a larger"
-    return (
-        f"data.heldout_fraction {fraction:g} of {total} different documents leaves no {empty} "
-        f"document: give more documents or {cure} data.heldout_fraction"
-    )
 
 
 # ------------------------------------------------------------------ fit
@@ -377,7 +239,7 @@ def _encode(
 ) -> tuple[list[Shard], list[FileEntry]]:
     """Second pass: shards of both splits in order of part, and the lineage files."""
     members = {split: _by_part(index) for split, index in chosen.splits.items()}
-    lines_before = _lines_before(cleaned)
+    lines_before = lines_before_each(cleaned)
     work = [
         Encoding(
             part,
@@ -444,7 +306,7 @@ def _commit(
 
 def _quarantine(staging: Staging, left: Left, cleaned: Sequence[Cleaned]) -> FileEntry:
     """Files that could not be read, then the rows of each partition."""
-    scratch, lines_before = Scratch(staging), _lines_before(cleaned)
+    scratch, lines_before = Scratch(staging), lines_before_each(cleaned)
 
     def lines() -> Iterator[bytes]:
         for reject in left.files:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from cluster.config import RunConfig
 from pipelines.data import documents, duplicates
+from pipelines.data.choice import is_heldout
 from pipelines.data.corpus import Corpus, as_numpy
 from pipelines.data.sources import SourceFile
 from pipelines.families.base import Encoder, Row
@@ -119,8 +120,6 @@ def rows(
     Args:
         heldout: share of documents that are kept out.
     """
-    from pipelines.prepare import is_heldout
-
     table = documents.read(files, config.data, piece.partition).table
     kept = [not is_heldout(d, config.seed, heldout) for d in table.column("digest").to_pylist()]
     table = duplicates.unique(table.filter(pa.array(kept, pa.bool_())))

@@ -8,8 +8,7 @@ import pytest
 
 from cluster.config import RunConfig
 from cluster.errors import SourceError
-from pipelines import prepare
-from pipelines.data import documents, duplicates, sampling
+from pipelines.data import choice, documents, duplicates, sampling
 from tests import fakes
 
 TEXTS = [f"第{n}篇 document number {n}" for n in range(400)]
@@ -28,9 +27,9 @@ def index(texts: list[str], labels: list[str] | None = None) -> pa.Table:
     return pa.Table.from_pylist(rows, documents.schema("text")).select(documents.INDEX)
 
 
-def choose(table: pa.Table, *overrides: str) -> prepare.Chosen:
+def choose(table: pa.Table, *overrides: str) -> choice.Chosen:
     config = settings(*overrides)
-    return prepare.choose(config, table, prepare.Left(drops=Counter(too_short=2)))
+    return choice.choose(config, table, choice.Left(drops=Counter(too_short=2)))
 
 
 def settings(*overrides: str) -> RunConfig:
@@ -78,18 +77,18 @@ def test_empty_split_is_refused_with_the_cure(fraction: str, empty: str) -> None
 def test_sample_is_about_the_size_asked_for_and_does_not_follow_the_order() -> None:
     table = index(TEXTS)
     limit = 2000
-    taken = prepare.sample(table, limit)
+    taken = choice.sample(table, limit)
     assert limit <= sum(taken.column("bytes").to_pylist()) < limit + 40
-    shuffled = prepare.sample(table.take(list(reversed(range(400)))), limit)
+    shuffled = choice.sample(table.take(list(reversed(range(400)))), limit)
     assert shuffled.equals(taken)
     assert taken.column("document").to_pylist() != sorted(taken.column("document").to_pylist())
-    assert prepare.sample(table, 1).num_rows == 1
+    assert choice.sample(table, 1).num_rows == 1
 
 
 def test_every_source_and_script_is_in_the_sample() -> None:
     scripts = ["Han"] * 4 + ["Cyrillic"] * 36 + ["Latin"] * 360
     table = index(TEXTS).drop_columns("script").append_column("script", pa.array(scripts))
-    taken = prepare.sample(table, 3000)
+    taken = choice.sample(table, 3000)
     counted = Counter(taken.column("script").to_pylist())
     assert counted["Han"] == 4  # all there is
     assert 36 * 3000 / 11_000 < counted["Cyrillic"] < counted["Latin"]

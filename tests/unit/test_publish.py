@@ -13,9 +13,10 @@ import yaml
 
 from cluster.config import RunConfig
 from cluster.errors import ConfigError, HeliostatError
+from cluster.manifest import COMMIT
 from cluster.placement import Room
 from cluster.registry import Registry, registry_uri
-from cluster.storage import COMMIT, Artifact, Store
+from cluster.storage import Artifact, Store
 from pipelines import evaluate, publish
 from pipelines.evaluation.trained import Trained
 from pipelines.families import huggingface
