@@ -72,9 +72,7 @@ def _listed(config: RunConfig, found: Listing) -> dict[str, Any]:
     and whether rows are stored."""
     listed = sources.summary(config.data.sources, found)
     if isinstance(config.data, TextData):
-        if (settings := config.data.decontaminate).sources:
-            against = sources.summary(settings.sources, contamination.listing(settings))
-            listed |= {f"without {source}": of for source, of in against.items()}
+        listed |= contamination.summary(config.data.decontaminate)
         if path := config.data.tokenizer.path:
             from pipelines.data import existing_tokenizer
 
@@ -165,7 +163,9 @@ def _read(
 ) -> list[Cleaned]:
     """First pass: cleaned documents to scratch files. In order of partition."""
     task = functools.partial(partitions.read, data=config.data, staging=staging)
-    answers = streaming.over_partitions(list(enumerate(parts)), task, config.prepare.tasks)
+    # The largest first: what is worked on last should be small.
+    order = sorted(enumerate(parts), key=lambda part: -sum(file.wanted for file in part[1]))
+    answers = streaming.over_partitions(order, task, config.prepare.tasks)
     cleaned: list[Cleaned] = []
     for done, part in enumerate(answers, start=1):
         cleaned.append(part)
@@ -226,6 +226,16 @@ def _by_part(index: pa.Table) -> dict[int, np.ndarray]:
     return dict(zip(numbers.tolist(), np.split(ids, starts[1:]), strict=True))
 
 
+def _bytes_by_part(chosen: Chosen) -> Counter[int]:
+    sizes = Counter[int]()
+    for index in chosen.splits.values():
+        parts = documents.part_of(index.column("document").to_numpy())
+        numbers, which = np.unique(parts, return_inverse=True)
+        sums = np.bincount(which, index.column("bytes").to_numpy(), len(numbers))
+        sizes.update(dict(zip(numbers.tolist(), sums.tolist(), strict=True)))
+    return sizes
+
+
 # ------------------------------------------------------------------ encode
 
 
@@ -239,6 +249,7 @@ def _encode(
 ) -> tuple[list[Shard], list[FileEntry]]:
     """Second pass: shards of both splits in order of part, and the lineage files."""
     members = {split: _by_part(index) for split, index in chosen.splits.items()}
+    sizes = _bytes_by_part(chosen)
     lines_before = lines_before_each(cleaned)
     work = [
         Encoding(
@@ -247,7 +258,7 @@ def _encode(
             lines_before.get(part >> PART_BITS, {}),
             cleaned[part >> PART_BITS].source,
         )
-        for part in sorted(set(members["train"]) | set(members["heldout"]))
+        for part in sorted(sizes, key=lambda part: (-sizes[part], part))
     ]
     task = functools.partial(
         partitions.encode,

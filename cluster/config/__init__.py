@@ -116,16 +116,6 @@ class RunConfig(Section):
                     "train.input stream never sees the corpus as a whole, which data.dedup.near "
                     "and lines compare: store the corpus, or leave them out"
                 )
-            if self.data.kind == "text" and self.data.decontaminate.sources:
-                raise ConfigError(
-                    "train.input stream does not look for data.decontaminate.sources: store the "
-                    "corpus, or leave them out"
-                )
-            if self.train.mix:
-                raise ConfigError(
-                    "train.input stream takes each source by its size: leave train.mix out, or "
-                    "store the corpus"
-                )
         return self
 
     @model_validator(mode="after")

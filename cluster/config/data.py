@@ -27,7 +27,8 @@ class DataSection(Section):
     heldout_fraction: Annotated[Fraction, Field(gt=0, lt=1)] = 0.02
     """Share of documents kept out of training, chosen by a hash of the content."""
     partition_bytes: Positive = 8 * 2**20
-    """Raw bytes that one task reads and packs; output bytes depend on it, never on the workers."""
+    """Most raw bytes that one task reads and packs; a corpus of fewer than 64 times as many is cut
+    finer. Output bytes depend on it, never on the workers."""
     row_group_rows: Positive = 256
     """Rows per Parquet row group: the unit that training permutes and fetches."""
 

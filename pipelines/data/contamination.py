@@ -66,9 +66,25 @@ def begin(data: TextData | ImageData, scratch: Scratch) -> Evaluations | None:
     """
     if not isinstance(data, TextData) or not data.decontaminate.sources:
         return None
-    found = collect(listing(data.decontaminate), data.decontaminate)
+    found = evaluations(data.decontaminate)
     leave(scratch, found)
     return found
+
+
+def evaluations(settings: DecontaminateSection) -> Evaluations:
+    """
+    Raises:
+        SourceError: as `listing` and `collect`.
+    """
+    return collect(listing(settings), settings)
+
+
+def summary(settings: DecontaminateSection) -> dict[str, Any]:
+    """What a corpus follows from, as `sources.summary` says it."""
+    if not settings.sources:
+        return {}
+    against = sources.summary(settings.sources, listing(settings))
+    return {f"without {source}": of for source, of in against.items()}
 
 
 def listing(settings: DecontaminateSection) -> Listing:

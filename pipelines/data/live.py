@@ -5,16 +5,18 @@ rows. Training streams every partition through the steps that `prepare` would ha
 one: copies are found inside of a partition, not across the corpus.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from cluster.config import RunConfig
-from pipelines.data import documents, duplicates
+from cluster.errors import SourceError
+from pipelines.data import contamination, documents, duplicates
 from pipelines.data.choice import is_heldout
+from pipelines.data.contamination import Evaluations
 from pipelines.data.corpus import Corpus, as_numpy
 from pipelines.data.sources import SourceFile
 from pipelines.families.base import Encoder, Row
@@ -24,15 +26,18 @@ SAMPLE = 4
 ROW_BITS = 20
 MOST_ROWS = 1 << ROW_BITS
 """Of one partition: eight billion tokens at 8,192 to a row."""
-Part = TypeVar("Part")
+MOST_PASSES = 1 << 63 - 2 * ROW_BITS
+"""Of all partitions in an epoch: what is left of a row's number."""
+_DRAW = 1
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One partition in one epoch."""
+    """One pass over a partition in one epoch."""
 
     epoch: int
     partition: int
+    """Of n partitions, number n + p is the second pass over p, and so on."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,53 @@ def plan(
     return {"stream": {"partitions": len(everything), "bytes": total, "rows": round(rows)}}
 
 
-def epochs(partitions: int, seed: int, first: int = 0) -> Iterator[Piece]:
-    """Every partition of epoch after epoch, in an order that follows from seed and epoch."""
+def weights(parts: Sequence[Sequence[SourceFile]], mix: Mapping[str, float]) -> list[float]:
+    """How often an epoch passes over each partition, by its source.
+
+    Args:
+        mix: weight by source as the recipe names it; 1 for those that are not named.
+
+    Raises:
+        SourceError: if an epoch's rows could not be numbered.
+    """
+    named = {source.rstrip("/") or source: weight for source, weight in mix.items()}
+    found = [named.get(files[0].source, 1.0) for files in parts]
+    passes = len(found) * (int(max(found, default=0)) + 1)
+    if passes > MOST_PASSES:
+        raise SourceError(
+            f"{len(found)} partitions with the weights of train.mix are {passes} passes in an "
+            f"epoch, more than {MOST_PASSES}: raise data.partition_bytes"
+        )
+    return found
+
+
+def epochs(weights: Sequence[float], seed: int, first: int = 0) -> Iterator[Piece]:
+    """Every partition of epoch after epoch, as often as it weighs, in an order that follows from
+    seed and epoch.
+
+    Args:
+        weights: of each partition, not all 0.
+    """
     epoch = first
     while True:
-        order = np.random.default_rng([seed, epoch]).permutation(partitions)
-        yield from (Piece(epoch, partition) for partition in order.tolist())
+        taken = _taken(np.asarray(weights, dtype=np.float64), seed, epoch)
+        order = np.random.default_rng([seed, epoch]).permutation(len(taken))
+        yield from (Piece(epoch, partition) for partition in taken[order].tolist())
         epoch += 1
+
+
+def _taken(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Passes of an epoch. Of a weight's fraction, epochs take turns: each partition comes as often
+    as any other of its weight, however few there are."""
+    passes = []
+    for weight in np.unique(weights):
+        own = np.flatnonzero(weights == weight)
+        whole, part = int(weight), float(weight % 1)
+        passes += [own + turn * len(weights) for turn in range(whole)]
+        begin, end = (int(part * len(own) * times) for times in (epoch, epoch + 1))
+        drawn = np.random.default_rng([seed, _DRAW]).permutation(own)
+        passes.append(drawn[np.arange(begin, end) % len(own)] + whole * len(weights))
+    return np.sort(np.concatenate(passes))
 
 
 def finished(epoch: np.ndarray, ids: np.ndarray) -> set[Piece]:
@@ -112,16 +157,24 @@ def finished(epoch: np.ndarray, ids: np.ndarray) -> set[Piece]:
 
 
 def rows(
-    files: Sequence[SourceFile], piece: Piece, config: RunConfig, encoder: Encoder, heldout: float
+    files: Sequence[SourceFile],
+    piece: Piece,
+    config: RunConfig,
+    encoder: Encoder,
+    against: Evaluations | None = None,
 ) -> pa.Table:
     """Training rows of a partition in shuffled order, with `epoch` and `id`; a partition may give
     none.
 
     Args:
-        heldout: share of documents that are kept out.
+        against: evaluation sets of `data.decontaminate`.
     """
-    table = documents.read(files, config.data, piece.partition).table
-    kept = [not is_heldout(d, config.seed, heldout) for d in table.column("digest").to_pylist()]
+    data = config.data
+    table = documents.read(files, data, piece.partition).table
+    if against is not None and data.kind == "text":
+        table = contamination.screen(table, against, data.decontaminate.action).table
+    digests = table.column("digest").to_pylist()
+    kept = [not is_heldout(digest, config.seed, data.heldout_fraction) for digest in digests]
     table = duplicates.unique(table.filter(pa.array(kept, pa.bool_())))
     if not table.num_rows:
         return pa.table({})

@@ -8,6 +8,7 @@ token, here or in the published tokenizer.
 import functools
 import json
 import re
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,7 +178,8 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndar
     for batch in _batches(texts):
         encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         for text, encoding in zip(batch, encodings, strict=True):
-            ids = np.array(encoding.ids, dtype=dtype)
+            # Through `array`, which takes a list of numbers three times as fast as numpy does.
+            ids = np.array(array("I", encoding.ids), dtype=dtype)
             yield _spelled_out(tokenizer, text, control, dtype) if control[ids].any() else ids
 
 

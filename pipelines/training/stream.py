@@ -9,7 +9,7 @@ partitions that were open when it stopped are seen again.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster import loading, progress
-from cluster.config import RunConfig
+from cluster.config import RunConfig, TextData
 from cluster.errors import CapacityError, SourceError, TrainingError
 from cluster.session import Session
 from cluster.storage import Store
-from pipelines.data import documents, live, sources
+from pipelines.data import contamination, documents, live, sources
 from pipelines.data.corpus import Corpus
 from pipelines.families.base import Batch, Family
 from pipelines.training import checkpoint, ledger
@@ -61,10 +61,10 @@ class Standing:
     done: frozenset[live.Piece]
     step: int
 
-    def pending(self, partitions: int, seed: int) -> Iterator[live.Piece]:
+    def pending(self, weights: Sequence[float], seed: int) -> Iterator[live.Piece]:
         """What is left, in order, without an end."""
         first = min((piece.epoch for piece in self.done), default=0)
-        return (p for p in live.epochs(partitions, seed, first) if p not in self.done)
+        return (p for p in live.epochs(weights, seed, first) if p not in self.done)
 
 
 def standing(store: Store, name: str, run: str) -> Standing:
@@ -106,12 +106,13 @@ class Feed:
         parts = partitions(corpus, config)
         at = standing(store, config.name, self.job.run)
         wanted = lined_up(corpus, config, at.step)
-        pieces = islice(at.pending(len(parts), config.seed), wanted)
-        blocks = [_block((piece, parts[piece.partition])) for piece in pieces]
-        encoder = live.stored_encoder(corpus, config)
+        weights = live.weights(parts, config.train.mix)
+        pieces = islice(at.pending(weights, config.seed), wanted)
+        blocks = [_block((piece, parts[piece.partition % len(parts)])) for piece in pieces]
+        tools = live.stored_encoder(corpus, config), _evaluations(config)
         return ray.data.from_arrow(blocks).map_batches(
             _prepared,
-            fn_kwargs={"config": self.job.config, "encoder": pickle.dumps(encoder)},
+            fn_kwargs={"config": self.job.config, "tools": pickle.dumps(tools)},
             batch_size=None,
             batch_format="pyarrow",
         )
@@ -126,13 +127,22 @@ def partitions(corpus: Corpus, config: RunConfig) -> list[list[sources.SourceFil
     readings = documents.readings(config.data)
     found = sources.listing(config.data.sources, config.data.kind, readings)
     listed = sources.summary(config.data.sources, found)
+    if isinstance(config.data, TextData):
+        listed |= contamination.summary(config.data.decontaminate)
     before = corpus.artifact.manifest.inputs
     if any(before.get(name) != tree for name, tree in listed.items()):
         raise SourceError(
-            f"data.sources changed since {corpus.artifact.id} was prepared: run `heliostat "
-            "prepare` again, and train anew"
+            f"data.sources, or the evaluation sets, changed since {corpus.artifact.id} was "
+            "prepared: run `heliostat prepare` again, and train anew"
         )
     return sources.partition(found.files, config.data.partition_bytes)
+
+
+def _evaluations(config: RunConfig) -> contamination.Evaluations | None:
+    data = config.data
+    if not isinstance(data, TextData) or not data.decontaminate.sources:
+        return None
+    return contamination.evaluations(data.decontaminate)
 
 
 def lined_up(corpus: Corpus, config: RunConfig, step: int) -> int:
@@ -157,7 +167,7 @@ def _block(work: Any) -> pa.Table:
     return pa.table({"work": pa.array([pickle.dumps(work)], pa.binary())})
 
 
-def _prepared(block: pa.Table, *, config: dict[str, Any], encoder: bytes) -> pa.Table:
+def _prepared(block: pa.Table, *, config: dict[str, Any], tools: bytes) -> pa.Table:
     """In a task: rows of a partition."""
     import os
 
@@ -165,12 +175,11 @@ def _prepared(block: pa.Table, *, config: dict[str, Any], encoder: bytes) -> pa.
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     settings = loading.validate(dict(config))
-    opened = pickle.loads(encoder)
+    encoder, against = pickle.loads(tools)
     tables = []
     for raw in block.column("work").to_pylist():
         piece, files = pickle.loads(raw)
-        share = settings.data.heldout_fraction
-        tables.append(live.rows(files, piece, settings, opened, share))
+        tables.append(live.rows(files, piece, settings, encoder, against))
     filled = [table for table in tables if table.num_rows]
     return pa.concat_tables(filled) if filled else pa.table({})
 
