@@ -29,6 +29,8 @@ from pipelines.data.sources import Listing, SourceFile, open_binary
 from pipelines.data.words import words
 
 NAME = "evaluations.npz"
+_FAR = 1 << 40
+"""More words than a block has."""
 SPANS = 1000
 """Overlaps of one part that are reported with their place; all are counted."""
 
@@ -250,8 +252,8 @@ def screen(table: pa.Table, found: Evaluations, action: str) -> Screened:
 def _overlaps(texts: Sequence[str], found: Evaluations) -> Iterator[tuple[int, int, int, int]]:
     """Text, file of the evaluation sets, first character, one past the last; in order."""
     for first, block in shingles.blocks(texts):
-        spans = [span for n, pair in found.grams.items() for span in _matches(block, n, *pair)]
-        for text, file, start, end in _joined(spans):
+        runs = _joined([_matches(block, n, *pair) for n, pair in found.grams.items()])
+        for text, file, start, end in runs.tolist():
             origin = int(block.origins[text])
             yield (
                 text + first,
@@ -261,32 +263,31 @@ def _overlaps(texts: Sequence[str], found: Evaluations) -> Iterator[tuple[int, i
             )
 
 
-def _matches(
-    block: shingles.Tokens, n: int, hashes: np.ndarray, owners: np.ndarray
-) -> Iterator[tuple[int, int, int, int]]:
-    """Text, file, first word, last word."""
+def _matches(block: shingles.Tokens, n: int, hashes: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """int64 (matches, 4): text, file, first word, last word."""
     rolled = shingles.roll(block.hashes, n)
     places = np.flatnonzero(np.isin(rolled, hashes))
     texts = np.searchsorted(block.offsets, places, "right") - 1
     inside = places + n <= block.offsets[texts + 1]
-    for place, text in zip(places[inside].tolist(), texts[inside].tolist(), strict=True):
-        low, high = (
-            np.searchsorted(hashes, rolled[place], "left"),
-            np.searchsorted(hashes, rolled[place], "right"),
-        )
-        for owner in owners[low:high].tolist():
-            yield text, owner, place, place + n - 1
+    places, texts = places[inside], texts[inside]
+    # An n-gram that several files hold is there once for each.
+    low = np.searchsorted(hashes, rolled[places], "left")
+    count = np.searchsorted(hashes, rolled[places], "right") - low
+    ends = np.cumsum(count)
+    which = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - count - low, count)
+    places, texts = np.repeat(places, count), np.repeat(texts, count)
+    return np.stack([texts, owners[which], places, places + n - 1], axis=1).astype(np.int64)
 
 
-def _joined(spans: Iterable[tuple[int, int, int, int]]) -> Iterator[tuple[int, int, int, int]]:
-    """Runs that overlap or touch are one."""
-    current: tuple[int, int, int, int] | None = None
-    for span in sorted(spans):
-        if current and span[:2] == current[:2] and span[2] <= current[3] + 1:
-            current = (*current[:3], max(current[3], span[3]))
-            continue
-        if current:
-            yield current
-        current = span
-    if current:
-        yield current
+def _joined(spans: Sequence[np.ndarray]) -> np.ndarray:
+    """Runs of a text and file that overlap or touch are one; in order."""
+    found = np.concatenate([np.zeros((0, 4), np.int64), *spans])
+    found = found[np.lexsort(found.T[::-1])]
+    starts, ends = found[:, 2], found[:, 3]
+    other = np.append(True, (found[1:, :2] != found[:-1, :2]).any(axis=1))[: len(found)]
+    # The furthest word so far of the same text and file: what comes later is numbered far above.
+    far = np.maximum.accumulate(ends + np.cumsum(other) * _FAR) - np.cumsum(other) * _FAR
+    other[1:] |= starts[1:] > far[:-1] + 1
+    first = np.flatnonzero(other)
+    last = np.append(first[1:], len(found))[: len(first)] - 1
+    return np.column_stack([found[first, :3], far[last]])

@@ -66,3 +66,79 @@ def test_every_reason_to_drop_is_counted_once(pile: Path, root: Path, tmp_path: 
     paths = pa.concat_tables([pq.read_table(artifact.file(p), columns=["path"]) for p in kept])
     names = {Path(path).name for path in paths.column("path").to_pylist()}
     assert {"00.txt", "page.html"} <= names and "near-0.txt" not in names
+
+
+COMMON = "See the handbook of the observatory for the whole story of each of these mirrors."
+STOP = ("the", "of", "and", "to", "that", "with", "be", "have")
+NOUNS = ("mirror", "tower", "light", "sun", "field", "motor", "angle", "cloud", "morning", "valley")
+ZH = "的了是在和有这不我们他会也就"
+
+
+def prose(seed: int, count: int = 120) -> str:
+    """Sentences that any rule of quality lets pass, different ones for each seed."""
+    chance = random.Random(seed)
+    made = [
+        chance.choice(NOUNS if n % 2 else STOP) + chance.choice("aeiou") * (n % 2)
+        for n in range(count)
+    ]
+    return " ".join(word if n % 9 else f"{word}.\n" for n, word in enumerate(made, start=1))
+
+
+def chinese(seed: int) -> str:
+    chance = random.Random(seed)
+    pairs = "".join(chance.choice(ZH) + poem(chance.randrange(10**9))[:3] for _ in range(80))
+    return "。\n".join(pairs[n : n + 20] for n in range(0, len(pairs), 20))
+
+
+def full_pile(top: Path) -> None:
+    """Something for every step of the recipe, beside documents that stay."""
+    texts = {f"a-{n:02d}": f"{COMMON}\n{prose(n)}" for n in range(24)}
+    texts |= {f"b-{n:02d}": chinese(n) for n in range(6)}
+    texts |= {"copy": texts["a-03"], "near": texts["a-04"].replace(prose(4)[-30:], "another end.")}
+    texts |= {"asked": f"{prose(50)}\n{QUESTION}\n{prose(51)}"}
+    texts |= {"french": "Le miroir suit le soleil toute la journée et renvoie sa lumière. " * 6}
+    texts |= {"short": prose(60, 20), "signs": "#*! {}= <>; //(" * 40 + prose(61, 20)}
+    texts |= {"again": "the mirror of the tower and the sun\n" * 60}
+    texts |= {"names": " ".join(random.Random(1).choices(NOUNS, k=120))}
+    texts |= {"person": f"{prose(70)}\nMail to li.wei@example.com, 手机：13812345678."}
+    texts |= {"menu": f"{prose(80)}\nThis site uses cookies. All rights reserved."}
+    for name, text in texts.items():
+        (top / f"{name}.txt").write_text(text, "utf-8")
+    (top / "page.html").write_text(f"<html><script>x</script><p>{prose(90)}</p></html>", "utf-8")
+    (top / "broken.txt").write_bytes(b"\xc3\x28\xfd" * 100)
+
+
+def test_the_recipe_of_the_full_chain(root: Path, tmp_path: Path) -> None:
+    (pile := tmp_path / "pile").mkdir()
+    full_pile(pile)
+    (sets := tmp_path / "题.jsonl").write_text(json.dumps({"q": QUESTION}), "utf-8")
+    config = fakes.config(
+        "corpus-demo",
+        f"data.sources=[{pile}]",
+        f"data.decontaminate.sources=[{sets}]",
+        "data.dedup.lines=5",
+        "data.heldout_fraction=0.3",
+        "data.vocab_size=500",
+        "data.partition_bytes=9000",
+        root=root,
+    )
+    artifact = prepare.run(config).artifact
+    assert artifact is not None
+    counts = artifact.read_json("report.json")["counts"]
+    assert counts["dropped"] == {
+        "contaminated": 1,
+        "duplicate": 1,
+        "gopher_quality.min_stop_words": 1,
+        "language.keep": 1,
+        "length.min": 1,
+        "near_duplicate": 1,
+        "repetition.min_ratio": 1,
+        "symbol_ratio.max": 1,
+    }
+    assert counts["documents"] == 24 + 6 + 3 and counts["quarantined"] == {"not UTF-8": 1}
+    assert counts["personal"] == {"email": 1, "phone": 1}
+    assert artifact.read_json("lines.json") == {"shortened": 25}
+    splits = artifact.manifest.detail["splits"]
+    assert splits["train"]["padding_share"] > 0  # best fit
+    vocabulary = artifact.read_bytes("encoder/tokenizer.json").decode()
+    assert "cookie" not in vocabulary and "handbook" not in vocabulary

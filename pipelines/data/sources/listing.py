@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import stat
 import sysconfig
 from collections import Counter
@@ -31,7 +32,16 @@ from pipelines.data.sources.opening import open_binary
 BUILTIN = "builtin:"
 DIGITS_SOURCE = "builtin:digits"
 STDLIB_SOURCE = "builtin:python-stdlib"
-BUILTINS: dict[str, Payload] = {STDLIB_SOURCE: "text", DIGITS_SOURCE: "image"}
+PACKAGES_SOURCE = "builtin:package-docs"
+REFERENCE_SOURCE = "builtin:python-reference"
+BUILTINS: dict[str, Payload] = {
+    STDLIB_SOURCE: "text",
+    PACKAGES_SOURCE: "text",
+    REFERENCE_SOURCE: "text",
+    DIGITS_SOURCE: "image",
+}
+PACKAGE_DOCS = re.compile(r"METADATA|(?:LICEN[CS]E|COPYING|NOTICE|AUTHORS)\b.*", re.IGNORECASE)
+"""Files beside an installed package that people wrote: its description, its licences."""
 DIGITS_BYTES = 1797 * 64
 """1,797 images of 8 x 8 grey values."""
 URL_LIST = ".urls"
@@ -133,6 +143,11 @@ def _list_builtin(source: str, payload: Payload) -> Listing:
         )
     if source == DIGITS_SOURCE:
         return Listing((SourceFile(source, source, "", DIGITS_BYTES, 0, ""),))
+    if source == PACKAGES_SOURCE:
+        return _list_packages(source)
+    if source == REFERENCE_SOURCE:
+        topics = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
+        return _local_files([(str(topics), f"{source}/{topics.name}", topics.name)])
     # Test suites are most of the bytes and little like the code that they test.
     tests = {"test", "tests", "idle_test"}
     outside = {"site-packages", "dist-packages", "__pycache__", *tests}
@@ -141,6 +156,22 @@ def _list_builtin(source: str, payload: Payload) -> Listing:
     if not files:
         raise SourceError(f"{source}: this Python comes without the sources of its library")
     return Listing(tuple(files))
+
+
+def _list_packages(source: str) -> Listing:
+    top = Path(sysconfig.get_path("purelib"))
+    found = sorted(
+        path
+        for folder in top.glob("*.dist-info")
+        for path in folder.rglob("*")
+        if PACKAGE_DOCS.fullmatch(path.name) and path.is_file()
+    )
+    if not found:
+        raise SourceError(f"{source}: no package is installed beside this Python")
+    inside = [path.relative_to(top).as_posix() for path in found]
+    return _local_files(
+        [(str(p), f"{source}/{name}", name) for p, name in zip(found, inside, strict=True)]
+    )
 
 
 def _builtin_version(source: str) -> str:
