@@ -5,6 +5,7 @@ import gzip
 import http.server
 import io
 import json
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from PIL import Image
 from cluster.errors import SourceError
 from pipelines.data import images, sources
 from pipelines.data.images import RawImage
-from pipelines.data.sources import Lines, RawText, Reading, Reject
+from pipelines.data.sources import Lines, RawText, Reading, Reject, opening
 from tests import fakes, piles
 
 TEXTS = [piles.CHINESE, 'quoted "text", with commas;\nand two lines', "第三篇"]
@@ -84,6 +85,22 @@ def test_a_table_gives_its_column_row_by_row(tmp_path: Path, name: str, packed: 
     # The header of a CSV is line 1, and two of its cells span lines.
     assert [row for row, _ in found] == ([2, 5, 7] if "sv" in name else [1, 2, 3])
     assert len(items) == 3
+
+
+def test_an_unpacked_table_is_no_file_that_others_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(parquet()))
+    (folder := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(opening, "FREE_EXPANSION", 64)
+    (file,) = sources.listing([str(tmp_path / "a.parquet.gz")], "text").files
+    with opening.open_seekable(file) as stream:
+        assert stream.read(4) == b"PAR1" and not list(folder.iterdir())
+    monkeypatch.setattr(opening, "FREE_EXPANSION", 1 << 20)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with opening.open_seekable(file) as stream:
+        assert stream.read(4) == b"PAR1", "in memory"
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

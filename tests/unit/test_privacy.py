@@ -95,6 +95,37 @@ def test_what_is_not_personal_stays(text: str) -> None:
     assert scrubbed(text) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("请发邮件至张三@例子.中国谢谢", "张三@例子.中国"),
+        ("联系邮箱：用户@example.com。", "用户@example.com"),
+        ("我的邮箱是李雷123@例子.中国，谢谢", "李雷123@例子.中国"),
+        ("请联系zhang@例子.公司谢谢", "zhang@例子.公司"),
+        ("张三＠例子．中国", "张三＠例子．中国"),
+        ("почта: иван@почта.рф.", "иван@почта.рф"),
+        ("メールは田中@例え.みんな まで", "田中@例え.みんな"),
+        ("값은 홍길동@예시.한국 입니다", "홍길동@예시.한국"),
+    ],
+)
+def test_addresses_in_letters_that_are_not_latin(text: str, address: str) -> None:
+    assert scrubbed(text) == text.replace(address, "[EMAIL_1]")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "装饰器@app.route('/')",
+        "找@李四。中国队赢了",
+        "价格@三.五",
+        "回复@张三：你好",
+        "用@dataclass.de(x)",
+    ],
+)
+def test_signs_in_chinese_text_that_are_no_addresses(text: str) -> None:
+    assert scrubbed(text) == text
+
+
 def measured(drafts: list[Draft], results: list[Scrubbed]) -> tuple[float, float, set[str]]:
     """Recall (a value is covered whole by a span of its type), precision, types with misses."""
     hits = labels = right = spans = 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import phonenumbers
 from phonenumbers import PhoneMetadata
 
-from pipelines.data.privacy import context, numbers
+from pipelines.data.privacy import context, mail_scripts, numbers
 from pipelines.data.privacy.spans import Evidence, Span
 from pipelines.data.privacy.view import View
 
@@ -45,7 +45,7 @@ def emails(view: View) -> Iterator[Span]:
     text = view.text
     at = text.find("@")
     while at >= 0:
-        span = _email_at(view, at)
+        span = _email_at(view, at) or mail_scripts.email_at(view, at)
         if span:
             yield span
         at = text.find("@", at + 1)

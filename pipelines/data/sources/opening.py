@@ -69,7 +69,8 @@ def open_binary(file: SourceFile) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def open_seekable(file: SourceFile) -> Iterator[Any]:
-    """The decompressed file for random access, as pyarrow takes it: itself, or a copy on disk.
+    """The decompressed file for random access, as pyarrow takes it: itself, or a copy in memory,
+    and beyond `FREE_EXPANSION` in a file that has no name and ends with the process.
 
     Raises:
         As `open_binary`.
@@ -78,7 +79,7 @@ def open_seekable(file: SourceFile) -> Iterator[Any]:
         with _open(file) as raw:
             yield raw
         return
-    with open_binary(file) as stream, tempfile.TemporaryFile(prefix="heliostat-") as copy:
+    with open_binary(file) as stream, tempfile.SpooledTemporaryFile(FREE_EXPANSION) as copy:
         shutil.copyfileobj(stream, copy, BUFFER)
         copy.seek(0)
         yield copy
