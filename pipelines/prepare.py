@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster import progress
-from cluster.config import RunConfig, TextData
+from cluster.config import ImageData, RunConfig, TextData
 from cluster.errors import HeliostatError
 from cluster.session import open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, resolved
@@ -35,6 +35,7 @@ from pipelines.data import (
     duplicates_near,
     images,
     live,
+    outliers,
     partitions,
     sources,
     streaming,
@@ -115,7 +116,8 @@ def run(config: RunConfig) -> StageResult:
     ):
         scratch = Scratch(staging, Sealing(config.data.encrypt))
         evaluations = contamination.begin(config.data, scratch)
-        read = _read(config, staging, parts, bar)
+        data, fences = outliers.settle(config.data, parts, config.prepare.tasks)
+        read = _read(config, data, staging, parts, bar)
         tasks = config.prepare.tasks
         cleaned, shortened = duplicates_lines.thin(read, config.data, scratch, tasks)
         index = partitions.indexed(cleaned)
@@ -123,6 +125,7 @@ def run(config: RunConfig) -> StageResult:
         chosen = choose(config, index, left_out(found.rejects, cleaned), near)
         encoder, page = _fit(config, staging, chosen)
         detail: dict[str, Any] = {"encryption_key": key_name} if key_name else {}
+        detail |= {"fences": fences} if fences else {}
         if streamed:
             detail |= live.plan(everything, parts, chosen.splits["train"], encoder)
             chosen = chosen.only_heldout()
@@ -159,10 +162,14 @@ def _staged(store: Store, config: RunConfig, found: Listing) -> Iterator[Staging
 
 
 def _read(
-    config: RunConfig, staging: Staging, parts: Sequence[Sequence[SourceFile]], bar: progress.Bar
+    config: RunConfig,
+    data: TextData | ImageData,
+    staging: Staging,
+    parts: Sequence[Sequence[SourceFile]],
+    bar: progress.Bar,
 ) -> list[Cleaned]:
     """First pass: cleaned documents to scratch files. In order of partition."""
-    task = functools.partial(partitions.read, data=config.data, staging=staging)
+    task = functools.partial(partitions.read, data=data, staging=staging)
     # The largest first: what is worked on last should be small.
     order = sorted(enumerate(parts), key=lambda part: -sum(file.wanted for file in part[1]))
     answers = streaming.over_partitions(order, task, config.prepare.tasks)

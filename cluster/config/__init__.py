@@ -116,6 +116,11 @@ class RunConfig(Section):
                     "train.input stream never sees the corpus as a whole, which data.dedup.near "
                     "and lines compare: store the corpus, or leave them out"
                 )
+            if self.data.kind == "text" and self.data.asks_all_rows:
+                raise ConfigError(
+                    "train.input stream never sees all rows of a table, which columns.outliers "
+                    "asks: store the corpus, or give columns.bounds"
+                )
         return self
 
     @model_validator(mode="after")

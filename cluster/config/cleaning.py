@@ -164,6 +164,9 @@ class Columns(Section):
     """Columns of `integer`, `number`, `boolean` or `date` (ISO 8601) cells; missing ones pass."""
     bounds: dict[Name, tuple[float, float]] = {}
     """Columns of numbers, with the smallest and largest that are no outliers."""
+    outliers: dict[Name, Annotated[float, Field(gt=0, le=1000)]] = {}
+    """Columns of numbers whose bounds follow from all rows: so many times the distance between the
+    quartiles beyond them (Tukey 1977: 1.5 is outside, 3 is far out)."""
 
 
 class Custom(Section):

@@ -72,6 +72,11 @@ class TextData(DataSection):
     of a document. `best_fit` keeps each document in one row where it fits: less is cut, some is
     padded."""
 
+    @property
+    def asks_all_rows(self) -> bool:
+        """Whether a step of cleaning looks at the corpus as a whole."""
+        return any(getattr(step.settings, "outliers", None) for step in self.cleaning)
+
     @model_validator(mode="after")
     def _bytes_fit(self) -> "TextData":
         least = 257 + len(self.tokenizer.special_tokens)

@@ -1,7 +1,8 @@
 """Rules for rows of tables: cells that are missing, of a wrong type, or far out.
 
-They decide by the other columns whether a row's text stays. Bounds come from the recipe: what an
-outlier is must not depend on which rows were read together.
+They decide by the other columns whether a row's text stays. Bounds come from the recipe, or from
+all rows of the corpus (`outliers`): what is far out must not depend on which rows were read
+together.
 """
 
 from collections.abc import Mapping
@@ -28,17 +29,17 @@ def columns(settings: Columns) -> Rule:
 def _first_fault(cells: Mapping[str, Any], settings: Columns, missing: set[str]) -> Drop | None:
     """No value is told: it may be a person's."""
     for name in settings.required:
-        if _cell(cells, name, missing) is None:
+        if cell_of(cells, name, missing) is None:
             return Drop("columns.required", name)
     for name, kind in settings.types.items():
-        cell = _cell(cells, name, missing)
+        cell = cell_of(cells, name, missing)
         if cell is not None and not _is(kind, cell):
             return Drop("columns.types", f"{name} is no {kind}")
     for name, (low, high) in settings.bounds.items():
-        cell = _cell(cells, name, missing)
+        cell = cell_of(cells, name, missing)
         if cell is None:
             continue
-        number = _number(cell)
+        number = number_of(cell)
         if number is None:
             return Drop("columns.types", f"{name} is no number")
         if not low <= number <= high:
@@ -46,7 +47,8 @@ def _first_fault(cells: Mapping[str, Any], settings: Columns, missing: set[str])
     return None
 
 
-def _cell(cells: Mapping[str, Any], name: str, missing: set[str]) -> str | None:
+def cell_of(cells: Mapping[str, Any], name: str, missing: set[str]) -> str | None:
+    """What a row has in a column; None for nothing, however it is written."""
     value = cells.get(name)
     text = "" if value is None else str(value).strip()
     return None if text.lower() in missing else text
@@ -57,11 +59,11 @@ def _is(kind: str, cell: str) -> bool:
         return cell.lower() in BOOLEANS
     if kind == "date":
         return _is_date(cell)
-    number = _number(cell)
+    number = number_of(cell)
     return number is not None and (kind == "number" or number.is_integer())
 
 
-def _number(cell: str) -> float | None:
+def number_of(cell: str) -> float | None:
     """Full-width digits are digits too; NaN and infinity are no numbers."""
     try:
         number = float(cell)
