@@ -209,9 +209,8 @@ def readings(data: TextData | ImageData) -> dict[str, Reading]:
 def _looked_at(data: TextData) -> tuple[str, ...]:
     """Columns that cleaning decides by."""
     steps = [step.settings for step in data.cleaning if isinstance(step.settings, Columns)]
-    return tuple(
-        sorted({n for s in steps for n in (*s.required, *s.types, *s.bounds, *s.outliers)})
-    )
+    named = [{*s.required, *s.types, *s.bounds, *s.outliers} for s in steps]
+    return tuple(sorted(set().union(*named)))
 
 
 def _too_large(file: SourceFile, size: int) -> Reject:
