@@ -108,7 +108,7 @@ def prepared(config: RunConfig) -> tuple[Artifact, list[int | None]]:
     sizes: list[int | None] = []
     with patched() as patch:
         patch.setattr(prepare, "session", joined)
-        patch.setattr(ray.data, "from_arrow", lambda blocks: Blocks(blocks, sizes))
+        patch.setattr(ray.data, "from_blocks", lambda blocks: Blocks(blocks, sizes))
         artifact = prepare.run(config).artifact
     assert artifact is not None
     return artifact, sizes

@@ -110,7 +110,7 @@ class Feed:
         pieces = islice(at.pending(weights, config.seed), wanted)
         blocks = [_block((piece, parts[piece.partition % len(parts)])) for piece in pieces]
         tools = live.stored_encoder(corpus, config), _evaluations(config)
-        return ray.data.from_arrow(blocks).map_batches(
+        return ray.data.from_blocks(blocks).map_batches(
             _prepared,
             fn_kwargs={"config": self.job.config, "tools": pickle.dumps(tools)},
             batch_size=None,
