@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -207,7 +208,10 @@ def _read_again(scratch: Scratch, partition: int, parts: int, kind: str) -> pa.T
 def load(work: tuple[int, np.ndarray], *, scratch: Scratch) -> pa.Table:
     """Some cleaned documents of a part, in order of id."""
     part, ids = work
-    table = scratch.read_table(part)
+    return _chosen(scratch.read_table(part), ids)
+
+
+def _chosen(table: pa.Table, ids: np.ndarray) -> pa.Table:
     return table.filter(pc.is_in(table.column("document"), pa.array(ids)))
 
 
@@ -226,20 +230,24 @@ def encode(
         *entries, origin = (FileEntry(**entry) for entry in done["files"])
         pairs = zip(entries, done["shards"], strict=True)
         return [_shard(work, entry, noted) for entry, noted in pairs], origin
-    shards: list[Shard] = []
+    everything = scratch.read_table(work.part)
     lineage: list[pa.Table] = []
-    for split in SPLITS:
-        table = load((work.part, work.members[split]), scratch=scratch)
-        if not table.num_rows:
-            continue
-        rows = encoder.encode(table)
-        entry = _write(scratch, rows, f"{split}/{part_name(work.part)}", row_group_rows)
-        groups = _row_groups(rows.num_rows, row_group_rows)
-        noted = {"split": split, "row_groups": groups, "counts": _counted(rows)}
-        shards.append(_shard(work, entry, noted))
-        lineage.append(_lineage(table, split, work.lines_before))
-    everything = pa.concat_tables(lineage).sort_by("document")
-    origin = _write(scratch, everything, f"documents/{part_name(work.part)}", LINEAGE_ROWS)
+    writing: list[tuple[dict[str, Any], Future[FileEntry]]] = []
+    with ThreadPoolExecutor(1) as storage:  # it is waited for while the next split is encoded
+        for split in SPLITS:
+            table = _chosen(everything, work.members[split])
+            if not table.num_rows:
+                continue
+            rows = encoder.encode(table)
+            groups = _row_groups(rows.num_rows, row_group_rows)
+            noted = {"split": split, "row_groups": groups, "counts": _counted(rows)}
+            path = f"{split}/{part_name(work.part)}"
+            written = storage.submit(_write, scratch, rows, path, row_group_rows)
+            writing.append((noted, written))
+            lineage.append(_lineage(table, split, work.lines_before))
+        together = pa.concat_tables(lineage).sort_by("document")
+        origin = _write(scratch, together, f"documents/{part_name(work.part)}", LINEAGE_ROWS)
+    shards = [_shard(work, done.result(), noted) for noted, done in writing]
     notes = [{"split": s.split, "row_groups": s.row_groups, "counts": s.counts} for s in shards]
     scratch.record(name, {"key": key, "shards": notes}, [*(s.entry for s in shards), origin])
     return shards, origin
