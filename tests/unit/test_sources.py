@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import itertools
 import os
 from pathlib import Path
 
@@ -111,6 +112,26 @@ def test_partition_holds_one_source_and_a_large_file_of_records_is_cut() -> None
         [("d.txt", None)],
         [("e.jsonl.gz", None)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "most", "units"),
+    [(1, 8, 1), (20, 8, 20), (100, 8, 64), (6400, 8, 800), (6400, 1, 6400)],
+)
+def test_a_small_corpus_is_cut_finer(megabytes: int, most: int, units: int) -> None:
+    whole = SourceFile("a.jsonl", "/a.jsonl", "", megabytes << 20, 0, "a.jsonl")
+    parts = sources.partition([whole], most << 20)
+    assert len(parts) == units
+    spans = [part[0].span or (0, whole.size) for part in parts]
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+
+
+def test_what_is_installed_is_a_corpus() -> None:
+    docs = sources.listing(["builtin:package-docs"], "text")
+    names = {Path(file.inside).name for file in docs.files}
+    assert "METADATA" in names and not any(name.endswith((".py", ".so")) for name in names)
+    (topics,) = sources.listing(["builtin:python-reference"], "text").files
+    assert topics.size > 100_000
 
 
 def test_summary_sees_sizes_and_times_but_not_where_a_builtin_lies(tmp_path: Path) -> None:
