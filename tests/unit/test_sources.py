@@ -1,8 +1,8 @@
 """Sources: what is found, how it is cut to partitions, and what becomes of bad files."""
 
 import gzip
-import json
 import itertools
+import json
 import os
 from pathlib import Path
 
