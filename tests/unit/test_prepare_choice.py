@@ -77,18 +77,18 @@ def test_empty_split_is_refused_with_the_cure(fraction: str, empty: str) -> None
 def test_sample_is_about_the_size_asked_for_and_does_not_follow_the_order() -> None:
     table = index(TEXTS)
     limit = 2000
-    taken = choice.sample(table, limit)
+    taken = sampling.sample(table, limit)
     assert limit <= sum(taken.column("bytes").to_pylist()) < limit + 40
-    shuffled = choice.sample(table.take(list(reversed(range(400)))), limit)
+    shuffled = sampling.sample(table.take(list(reversed(range(400)))), limit)
     assert shuffled.equals(taken)
     assert taken.column("document").to_pylist() != sorted(taken.column("document").to_pylist())
-    assert choice.sample(table, 1).num_rows == 1
+    assert sampling.sample(table, 1).num_rows == 1
 
 
 def test_every_source_and_script_is_in_the_sample() -> None:
     scripts = ["Han"] * 4 + ["Cyrillic"] * 36 + ["Latin"] * 360
     table = index(TEXTS).drop_columns("script").append_column("script", pa.array(scripts))
-    taken = choice.sample(table, 3000)
+    taken = sampling.sample(table, 3000)
     counted = Counter(taken.column("script").to_pylist())
     assert counted["Han"] == 4  # all there is
     assert 36 * 3000 / 11_000 < counted["Cyrillic"] < counted["Latin"]
