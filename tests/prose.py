@@ -1,5 +1,7 @@
 """Prose of two scripts, and what a step of `data.cleaning` makes of it."""
 
+import uuid
+from pathlib import Path
 from typing import Any
 
 from cluster.config import TextData
@@ -36,3 +38,9 @@ def doc(text: str, extension: str = "", cells: dict[str, str] | None = None) -> 
 def no_secrets(text: str) -> Drop | None:
     """A rule of a user's own, for workers to import."""
     return Drop("secret") if "机密" in text else None
+
+
+def noted(text: str) -> None:
+    """A rule of cleaning that keeps every document, and leaves a file in the folder that its first
+    line names."""
+    (Path(text.splitlines()[0]) / uuid.uuid4().hex).touch()

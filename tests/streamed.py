@@ -7,8 +7,6 @@ import json
 import sys
 import threading
 import time
-import uuid
-from pathlib import Path
 
 import psutil
 
@@ -43,12 +41,6 @@ def config(root: str, docs: str, *more: str) -> RunConfig:
 def partitions(settings: RunConfig) -> int:
     found = listing(settings.data.sources, "text")
     return len(partition(found.files, settings.data.partition_bytes))
-
-
-def noted(text: str) -> None:
-    """A rule of cleaning that keeps every document, and leaves a file in the folder that its first
-    line names."""
-    (Path(text.splitlines()[0]) / uuid.uuid4().hex).touch()
 
 
 def kill_a_worker(root: str, killed: list[int]) -> None:

@@ -44,7 +44,7 @@ def config(pile: Path, root: Path, *more: str) -> RunConfig:
         "gpt-demo",
         "train.input=stream",
         f"data.sources=[{pile}/诗, {pile}/code]",
-        "data.cleaning=['custom: tests.streamed:noted']",
+        "data.cleaning=['custom: tests.prose:noted']",
         "data.partition_bytes=100",
         f"data.sequence_length={ROW}",
         "data.vocab_size=300",
