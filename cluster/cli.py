@@ -103,6 +103,29 @@ def config(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        str | None,
+        typer.Option(help="Such as 4xH200:8, or a cluster launcher's file; else what is there."),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="USD per hour of a device; else a list price.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What training a recipe needs of each device: does it fit, how long, what does it cost."""
+    if as_json:
+        progress.to_stderr()
+    made = _top("pipelines.plan").run(loading.load(recipe, overrides or []), nodes, price)
+    for line in made.lines():
+        progress.say(line)
+    if as_json:
+        progress.write_json_line(json.dumps({"status": "planned"} | made.tree()))
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes that come with Heliostat."""
     for name, description in loading.recipes().items():

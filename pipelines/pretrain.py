@@ -20,6 +20,7 @@ from cluster.tracking import Status, Tracker, Tracking
 from pipelines.data.corpus import Corpus
 from pipelines.training import checkpoint, elastic, stream, zero
 from pipelines.training.diary import Suspects
+from pipelines.training.forecast import compared
 from pipelines.training.loop import TrainJob, train
 from pipelines.training.watchdog import Deaths, Watchdog, asked_to_stop, stoppable
 
@@ -273,6 +274,8 @@ def _followed(board: Any, store: Store, run: str, config: RunConfig) -> Iterator
                 if rows:
                     track(rows)
                     bar.update(int(rows[-1]["step"]), _note(rows[-1]))
+                    for line in filter(None, map(compared, rows)):
+                        progress.say(line)
                     gauges.show({**rows[-1], "slow_rank": float(watchdog.slow_rank)})
                 if last_round:
                     return

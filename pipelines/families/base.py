@@ -114,6 +114,15 @@ class Family(Protocol):
         """
         ...
 
+    # --- plan
+    def expected_facts(self, config: RunConfig) -> Facts:
+        """What `fit_encoder` is expected to find out, where no data has been seen yet."""
+        ...
+
+    def blank(self, config: RunConfig, facts: Facts, rows: int) -> Batch:
+        """A batch of the right shapes and types, without meaning."""
+        ...
+
     # --- pretrain
     def build_model(self, config: RunConfig, facts: Facts) -> torch.nn.Module:
         """A stock Hugging Face model, freshly initialised from torch's global generator."""

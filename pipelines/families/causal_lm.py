@@ -37,6 +37,20 @@ class CausalLM:
 
         return tokenizer.fit(config, sample)
 
+    def expected_facts(self, config: RunConfig) -> Facts:
+        assert isinstance(config.data, TextData)
+        return {"vocab_size": config.data.vocab_size, "end_of_text": 0}
+
+    def blank(self, config: RunConfig, facts: Facts, rows: int) -> Batch:
+        import torch
+
+        assert isinstance(config.data, TextData) and isinstance(config.model, LlamaModel)
+        shape = (rows, config.data.sequence_length)
+        batch = {key: torch.zeros(shape, dtype=torch.int64) for key in ("input_ids", "labels")}
+        if config.model.document_masking:
+            batch["position_ids"] = torch.arange(shape[1]).expand(shape)
+        return batch
+
     def build_model(self, config: RunConfig, facts: Facts) -> torch.nn.Module:
         from transformers import AutoModelForCausalLM, LlamaConfig
 

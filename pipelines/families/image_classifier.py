@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
+EXPECTED_LABELS = 1000
+"""Until data was seen; as many as ImageNet has."""
 LARGEST_SIDE = 4096
 """Pixels. A file of a few kilobytes can claim to be a picture of gigabytes."""
 
@@ -42,6 +44,20 @@ class ImageClassifier:
         from pipelines.data import images
 
         return images.fit(config, sample, labels)
+
+    def expected_facts(self, config: RunConfig) -> Facts:
+        assert isinstance(config.data, ImageData)
+        labels = [str(number) for number in range(EXPECTED_LABELS)]
+        return {"labels": labels, "channels": 3, "image_size": config.data.image_size}
+
+    def blank(self, config: RunConfig, facts: Facts, rows: int) -> Batch:
+        import torch
+
+        size = facts["image_size"]
+        return {
+            "pixel_values": torch.zeros(rows, facts["channels"], size, size),
+            "labels": torch.zeros(rows, dtype=torch.int64),
+        }
 
     def build_model(self, config: RunConfig, facts: Facts) -> torch.nn.Module:
         from transformers import AutoModelForImageClassification, ResNetConfig

@@ -32,6 +32,7 @@ from pipelines.training.checkpoint import (
 )
 from pipelines.training.diary import Diary, Suspects
 from pipelines.training.engine import Engine, StepOutcome, World
+from pipelines.training.forecast import STEPS, Forecast
 from pipelines.training.guard import Verdict
 from pipelines.training.meter import Clock, Rates, peak_memory, peak_of
 from pipelines.training.sampler import RowReader, Sample, order_of, prefetched, share
@@ -76,6 +77,7 @@ def train(job: TrainJob) -> dict[str, Any]:
     corpus = Corpus(store.artifact("corpus", *job.corpus))
     family = families.load(config.family)
     world = _join_world(config)
+    forecast = Forecast.of(config, family, corpus.facts, world) if world.first else None
     engine = Engine(config, family, corpus.facts, world)
     lineage = Lineage(
         config.name,
@@ -95,7 +97,8 @@ def train(job: TrainJob) -> dict[str, Any]:
     rates = _rates(config, family, corpus, world, diary.began)
     try:
         with Pulse.of(job.board, world, start.step) as pulse:
-            parts = (engine, batches, writer, diary, pulse, rates, _Board(job.board, world))
+            board = _Board(job.board, world)
+            parts = (engine, batches, writer, diary, pulse, rates, board, forecast)
             end = _Run(config, store, lineage, *parts).to_the_end(start)
     finally:
         engine.close()
@@ -116,12 +119,16 @@ class _Run:
     pulse: Pulse
     rates: Rates
     board: _Board
+    forecast: Forecast | None
     shift: int = 0
     """Batches that were left out: step n takes batch n + shift."""
+    compared_at: int = 0
+    """Step after which the figures are held against the forecast."""
 
     def to_the_end(self, start: Progress) -> Progress:
         """To the last step, or until the driver wants it to end."""
         at, rewinds = start, 0
+        self.compared_at = start.step + STEPS
         self.shift = guard.shift(start.history)
         while True:
             self.writer.begin(at)
@@ -178,6 +185,8 @@ class _Run:
             "peak_memory_bytes": peak_memory(self.engine.world.device),
             **self.rates.row(outcome, seconds=seconds, waited=waited, counted=counted),
         }
+        if self.forecast is not None and at.step + 1 == self.compared_at:
+            row |= self.forecast.row()
         at.history.append(row)
         row["spike"] = float(guard.spikes(self.config.train, at.history))
         self.board.put(row)

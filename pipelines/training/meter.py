@@ -8,10 +8,12 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from cluster.hardware import peak_flops
+from cluster.hardware import cpu_computes_bf16, peak_flops
 from cluster.telemetry import Row
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
     from pipelines.training.engine import StepOutcome
 
+PRODUCT = 1024
+"""Rows and columns of the matrices that tell how fast a CPU is."""
 OWN_STEPS = 20
 """Steps that a rank's own work is judged over."""
 
@@ -73,6 +77,15 @@ def peak_of(device: torch.device) -> float | None:
     return peak_flops(torch.cuda.get_device_name(device))
 
 
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now; 0 where the system does not say (not Linux)."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return 0
+    return int(pages) * resource.getpagesize()
+
+
 def peak_memory(device: torch.device) -> float:
     """Bytes: largest allocation on a GPU so far, or the largest resident set on a CPU."""
     if device.type == "cuda":
@@ -121,3 +134,23 @@ class Clock:
     def restart(self) -> None:
         """What went by since is no part of a step, such as a checkpoint."""
         self._mark = time.monotonic()
+
+
+@cache
+def product_flops(threads: int) -> float:
+    """FLOP/s of a matrix product on this CPU, in bf16 where it computes that, else in fp32."""
+    import torch
+
+    kind = torch.bfloat16 if cpu_computes_bf16() else torch.float32
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        left, right = torch.ones(2, PRODUCT, PRODUCT, dtype=kind)
+        best = math.inf
+        for _ in range(8):
+            began = time.perf_counter()
+            left @ right
+            best = min(best, time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(before)
+    return 2 * PRODUCT**3 / best

@@ -1,0 +1,280 @@
+"""`heliostat plan`: what a recipe needs of each device, if that fits, how long and how much."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster import planner
+from cluster.config import LlamaModel, RunConfig, TextData, TrainSection
+from cluster.errors import ArtifactError, UsageError
+from cluster.planner import Cost, Footprint, Machines, Verdict
+from cluster.session import joined_address, session
+from cluster.storage import Store
+from pipelines import families
+from pipelines.families.base import Facts, Family
+from pipelines.training import zero
+from pipelines.training.meter import product_flops
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: RunConfig
+    machines: Machines
+    precision: zero.Precision
+    parameters: int
+    verdict: Verdict
+    cost: Cost | None
+    cache_tokens: int | None
+    """Tokens that a served model's cache holds on one device; None for families without one."""
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        train, machines, need = self.config.train, self.machines, self.verdict.need
+        devices = machines.nodes * machines.devices_per_node
+        micro = zero.micro_batch(train, train.world_sizes[0])
+        parts = ", ".join(
+            f"{name} {planner.gib(size)}" for name, size in asdict(need).items() if name != "host"
+        )
+        lines = [
+            f"{self.config.name}: {self.parameters / 1e6:,.1f} M parameters, ZeRO "
+            f"{train.zero_stage}, {self.precision}, {micro} rows at once, {_workers(train)} on "
+            f"{machines.nodes} x {machines.devices_per_node} {machines.device} ({devices} in all)",
+            f"each device holds {planner.gib(need.device)} of {planner.gib(machines.memory)}: "
+            f"{parts}",
+            f"each host holds {planner.gib(need.host)} per device while a checkpoint is written",
+            self._verdict(),
+            self._time(),
+        ]
+        if self.cache_tokens is not None and isinstance(self.config.data, TextData):
+            length = self.config.data.sequence_length
+            lines.append(
+                f"served on one device: cache for {self.cache_tokens:,} tokens, "
+                f"{self.cache_tokens // length:,} sequences of {length}"
+            )
+        return lines
+
+    def _verdict(self) -> str:
+        verdict = self.verdict
+        if not verdict.misfit:
+            return "it fits"
+        if verdict.cure is None:
+            return (
+                f"it does not fit: {verdict.misfit}, and no setting changes that: take more or "
+                "larger devices"
+            )
+        return f"it does not fit: {verdict.misfit}; it does with " + " ".join(
+            f"train.{key}={str(value).lower()}" for key, value in verdict.cure.items()
+        )
+
+    def _time(self) -> str:
+        if self.cost is None:
+            return "how long: unknown, the peak of this device is in no table of ours"
+        money = "" if self.cost.dollars is None else f", {self.cost.dollars:,.0f} USD"
+        days = f"{self.cost.days:,.1f} days" if self.cost.days >= 1 else _hours(self.cost.days)
+        return f"about {self.cost.tokens_per_second:,.0f} tokens/s, {days}{money}, as computed"
+
+    def tree(self) -> dict[str, Any]:
+        """For a program: plain JSON."""
+        return {
+            "parameters": self.parameters,
+            "precision": self.precision,
+            "machines": asdict(self.machines),
+            "need": asdict(self.verdict.need),
+            "fits": not self.verdict.misfit,
+            "misfit": self.verdict.misfit,
+            "cure": self.verdict.cure,
+            "cost": None if self.cost is None else asdict(self.cost),
+            "cache_tokens": self.cache_tokens,
+        }
+
+
+def _workers(train: TrainSection) -> str:
+    sizes = train.world_sizes
+    return f"{sizes[0]} to {sizes[-1]} workers" if len(sizes) > 1 else f"{sizes[0]} workers"
+
+
+def _hours(days: float) -> str:
+    hours = days * 24
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.0f} minutes"
+
+
+def run(config: RunConfig, nodes: str | None, price: float | None) -> Plan:
+    """
+    Args:
+        nodes: `NODESxDEVICE:PER_NODE`, such as 4xH200:8, or a cluster launcher's YAML file. Without
+            it: the cluster that `ray.address` names, else this machine.
+        price: USD per hour of a device, in place of the table's.
+
+    Raises:
+        UsageError: for machines that cannot be understood or are fewer than the workers.
+    """
+    family = families.load(config.family)
+    machines = _machines(config, nodes, price)
+    workers = config.train.world_sizes[-1]
+    if machines.gpu and workers > machines.nodes * machines.devices_per_node:
+        have = machines.nodes * machines.devices_per_node
+        raise UsageError(
+            f"train.workers {workers} needs as many devices, not {have}: take train.workers={have} "
+            "or more machines"
+        )
+    device: zero.Device = "cuda" if machines.gpu else "cpu"
+    precision = zero.precision(config.train, device)
+    facts = _facts(config, family)
+    tracer = Tracer(config, family, facts, precision)
+    footprint = tracer(config.train)
+    verdict = planner.judge(config, machines, tracer, precision)
+    flops = family.flops_per_prediction(config, facts)
+    cost = planner.cost(config.train, machines, flops, footprint)
+    return Plan(
+        config,
+        machines,
+        precision,
+        footprint.parameters,
+        verdict,
+        cost,
+        _cache_tokens(config, machines, footprint.parameters),
+    )
+
+
+class Tracer:
+    """Footprints of a recipe's micro-batches, each traced once."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        family: Family,
+        facts: Facts,
+        precision: zero.Precision,
+    ) -> None:
+        self._config, self._family, self._facts = config, family, facts
+        self._precision = precision
+        self._known: dict[tuple[Any, ...], Footprint] = {}
+
+    def __call__(self, train: TrainSection) -> Footprint:
+        from pipelines.training import footprint
+
+        rows = zero.micro_batch(train, train.world_sizes[0])
+        key = (rows, train.activation_checkpointing, train.loss_chunk)
+        if key not in self._known:
+            config = self._config.model_copy(update={"train": train})
+            self._known[key] = footprint.trace(
+                config, self._family, self._facts, rows, self._precision
+            )
+        return self._known[key]
+
+
+def _facts(config: RunConfig, family: Family) -> Facts:
+    """Of the prepared corpus where there is one, else what is to be expected."""
+    try:
+        newest = Store(config.storage.root).latest("corpus", config.name)
+    except (OSError, ArtifactError):
+        newest = None
+    facts: Facts | None = newest.manifest.detail.get("facts") if newest else None
+    return facts or family.expected_facts(config)
+
+
+def _cache_tokens(config: RunConfig, machines: Machines, parameters: int) -> int | None:
+    """Keys and values of a token, in 16 bits: 2 x layers x key-value heads x width of a head."""
+    model = config.model
+    if not isinstance(model, LlamaModel):
+        return None
+    width = 2 if machines.gpu else 4
+    head = model.hidden_size // model.heads
+    token = 2 * model.layers * model.kv_heads * head * width
+    room = planner.ROOM * machines.memory - width * parameters
+    return max(0, int(room // token))
+
+
+# --- which machines
+
+
+def _machines(config: RunConfig, nodes: str | None, price: float | None) -> Machines:
+    if nodes is None:
+        if joined_address(config):
+            with session(config):
+                import ray
+
+                alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            return _priced(of_cluster(alive, config.train, product_flops), price)
+        return this_machine(config.train)
+    if nodes.endswith((".yaml", ".yml")):
+        return _priced(of_launcher(Path(nodes)), price)
+    return _priced(planner.machines(nodes), price)
+
+
+def _priced(machines: Machines, price: float | None) -> Machines:
+    return machines if price is None else replace(machines, price=price)
+
+
+def this_machine(train: TrainSection) -> Machines:
+    """The CPUs and memory of this machine, shared by the workers."""
+    workers = train.world_sizes[0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    flops = product_flops(train.threads_per_worker)
+    return Machines(1, workers, "CPU", memory // workers, None, flops, None)
+
+
+def of_cluster(nodes: list[Mapping[str, float]], train: TrainSection, cpu_flops: Any) -> Machines:
+    """From the resources of live nodes, by Ray's names."""
+    devices = [node for node in nodes if node.get("GPU", 0) >= 1]
+    if not devices:
+        workers = train.world_sizes[0]
+        memory = sum(node.get("memory", 0) for node in nodes)
+        flops = cpu_flops(train.threads_per_worker)
+        return Machines(
+            len(nodes), -(-workers // len(nodes)), "CPU", int(memory // workers), None, flops, None
+        )
+    kinds = {
+        key.partition(":")[2]
+        for node in devices
+        for key in node
+        if key.startswith("accelerator_type:")
+    }
+    if len(kinds) != 1:
+        named = ", ".join(sorted(kinds)) or "none that says which"
+        raise UsageError(
+            f"the cluster's accelerators are {named}: say which to plan for, such as "
+            "--nodes 4xH100:8"
+        )
+    per_node = int(min(node["GPU"] for node in devices))
+    host = int(min(node.get("memory", 0) for node in devices) // per_node)
+    return replace(planner.machines(f"{len(devices)}x{kinds.pop()}:{per_node}"), host_memory=host)
+
+
+def of_launcher(path: Path) -> Machines:
+    """The node type of a cluster launcher's file that has the most devices, all that it may start.
+
+    Raises:
+        UsageError: if none of its instances is one that we know.
+    """
+    import yaml
+
+    from cluster.hardware import INSTANCES
+
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        types = tree["available_node_types"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is no cluster launcher's file: {error}") from error
+    found = []
+    for node in types.values():
+        known = INSTANCES.get(str((node.get("node_config") or {}).get("InstanceType", "")))
+        most = int(node.get("max_workers", tree.get("max_workers", 0)))
+        if known is not None and most:
+            found.append((most * known.devices, most, known))
+    if not found:
+        raise UsageError(
+            f"{path} starts no instance with accelerators that we know: say which machines, such "
+            f"as --nodes 4xH100:8; known are {', '.join(INSTANCES)}"
+        )
+    _, most, known = max(found, key=lambda item: item[0])
+    machines = planner.machines(f"{most}x{known.device}:{known.devices}")
+    return replace(
+        machines,
+        host_memory=known.host_memory // known.devices,
+        price=known.price / known.devices,
+    )
