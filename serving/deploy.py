@@ -180,7 +180,7 @@ def _replicas(config: ServeSection) -> dict[str, Any]:
     }
     return {
         "autoscaling_config": {
-            **({} if config.target_tokens is None else {"policy": policy}),
+            **({"policy": policy} if config.target_tokens else {}),
             "min_replicas": least,
             "max_replicas": most,
             "target_ongoing_requests": max(1.0, config.target_load * config.max_concurrent),

@@ -60,8 +60,8 @@ class ServeSection(Section):
     """How long it must be gone before they are taken away."""
     target_load: Annotated[float, OPERATIONAL, Field(gt=0, le=10)] = 0.5
     """Requests in progress per place (`max_concurrent`) that autoscaling aims at."""
-    target_tokens: Annotated[int | None, OPERATIONAL, Field(ge=1, le=10**9)] = None
-    """Tokens still to read and write per replica that it aims at too; unset goes by requests."""
+    target_tokens: Annotated[int, OPERATIONAL, Field(ge=0, le=10**9)] = 0
+    """Tokens still to read and write per replica that it aims at too; 0 goes by requests alone."""
     max_surge_percent: Annotated[int, OPERATIONAL, Field(ge=0, le=100)] = 100
     """Replicas beyond the number wanted, while a new version replaces those that run."""
     requests_per_minute: Allowance = None

@@ -9,7 +9,7 @@ from cluster.config import RunConfig
 from cluster.planner import Machines
 from cluster.telemetry import Row
 from pipelines.families.base import Facts, Family
-from pipelines.training import footprint, zero
+from pipelines.training import zero
 from pipelines.training.engine import World
 from pipelines.training.meter import peak_of, product_flops, resident_memory
 
@@ -29,6 +29,8 @@ class Forecast:
     @staticmethod
     def of(config: RunConfig, family: Family, facts: Facts, world: World) -> Forecast:
         """To be called before the model is built."""
+        from pipelines.training import footprint
+
         train = config.train
         device: zero.Device = "cuda" if world.device.type == "cuda" else "cpu"
         precision = zero.precision(train, device)
