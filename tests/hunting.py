@@ -51,12 +51,18 @@ class Hunter(threading.Thread):
     """kill -9 of a random training worker, each time once the run has committed something new.
 
     `with Hunter(...)` around the run; the exit waits for it and raises what it ran into.
+
+    Args:
+        after: the first kill comes when a step beyond this one is committed.
     """
 
-    def __init__(self, store: Store, name: str, kills: int, seed: int = 0) -> None:
+    def __init__(
+        self, store: Store, name: str, kills: int, seed: int = 0, *, after: int = 0
+    ) -> None:
         super().__init__(daemon=True)
         self._store, self._name, self._rng = store, name, random.Random(seed)
         self.wanted, self.killed = kills, list[dict[str, Any]]()
+        self._after = after
         self._over, self._error = threading.Event(), ""
 
     def __enter__(self) -> "Hunter":
@@ -69,7 +75,7 @@ class Hunter(threading.Thread):
         assert len(self.killed) == self.wanted, f"{len(self.killed)} kills: {self._error}"
 
     def run(self) -> None:
-        step = 0
+        step = self._after
         for _ in range(self.wanted):
             found = self._committed_after(step)
             if found is None:

@@ -79,7 +79,12 @@ def test_a_full_disk_ends_a_run_at_once_and_the_same_command_continues(small: Pa
     assert [e.name for e in Journal(store, run).events()].count("launch") == 1, "no retry"
 
     (small / "filler").unlink()
-    frugal = tiny(small, *overrides[:1], "train.steps=200", "model.hidden_size=64")
+    # One that is kept, one on its way: as many as the disk takes beside the corpus.
+    frugal = tiny(
+        small,
+        *("name=full", "train.steps=200", "model.hidden_size=64"),
+        *("train.checkpoint_every=20", "train.keep_checkpoints=1"),
+    )
     finished = pretrain.run(frugal).artifact
     assert finished is not None and finished.manifest.detail["run"] == run
 
@@ -89,7 +94,11 @@ def test_damage_is_fallen_back_from_through_ray(root: Path) -> None:
     config = tiny(root, "name=damaged", "train.max_failures=0", "train.keep_checkpoints=9")
     corpus = counting_corpus(config)
     store = Store(str(root))
-    with Hunter(store, "damaged", kills=1), pytest.raises(TrainingError, match="training failed"):
+    # With two checkpoints there is one to fall back to.
+    with (
+        Hunter(store, "damaged", kills=1, after=5),
+        pytest.raises(TrainingError, match="training failed"),
+    ):
         pretrain.run(config)
     found = checkpoint.last(store, "damaged")
     assert found is not None
