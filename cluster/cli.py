@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster import loading, progress
+from cluster import loading, progress, remote
 from cluster.durable import storage_errors
 from cluster.errors import ConfigError, HeliostatError, UsageError
 from cluster.stages import BY_VERB, STAGES
@@ -233,6 +233,9 @@ def chat(
     """Talk with a served model in the terminal; a base model continues what you write."""
     options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     _top("serving.chat").talk(url, model, key, options)
+
+
+remote.add_to(app)
 
 
 def _top(module: str) -> Any:

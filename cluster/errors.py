@@ -12,7 +12,8 @@
     ├── StorageError          reading or writing storage failed (full, read-only, gone)
     ├── PrivacyError          personal data could not be taken out of a text
     ├── TrainingError         a training run could not go on
-    └── ServingError          the served application did not come up
+    ├── ServingError          the served application did not come up
+    └── ClusterError          a cluster is not reached, or not as it must be
 
 A message states the relation that does not hold, with its numbers, and the cure. It is shown to the
 user as one line without a traceback; anything else that escapes is a fault of ours.
@@ -68,4 +69,8 @@ class TrainingError(HeliostatError):
 
 
 class ServingError(HeliostatError):
+    pass
+
+
+class ClusterError(HeliostatError):
     pass

@@ -4,12 +4,13 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from cluster.access import make_token
 from cluster.config import RunConfig
 from cluster.errors import CapacityError, HeliostatError, StorageRootError
 from cluster.proxy import environment
@@ -170,28 +171,12 @@ def _reachable(now: Mapping[str, float], limits: Mapping[str, float]) -> dict[st
 
 
 def _ensure_token() -> None:
-    """A token file that only its owner can read, for the authentication that `ray.init` turns on.
-
-    Ray would write the file itself, readable for everyone under the usual umask.
-    """
+    """A token for the authentication that `ray.init` turns on, unless the user has a way of their
+    own."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return
-    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-        return
-    path = Path.home() / ".ray" / "auth_token"
-    if path.exists():
-        return
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Written aside, then linked: whoever finds the file finds the whole token in it.
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(secrets.token_hex(32))
-        with suppress(FileExistsError):
-            os.link(aside, path)
-    finally:
-        aside.unlink()
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        make_token()
 
 
 def _check_one_parent() -> None:

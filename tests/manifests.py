@@ -1,0 +1,204 @@
+"""The fields of Kubernetes and KubeRay manifests that ours use, strictly: a misspelt one fails.
+
+After the API references of KubeRay 1.6 (ray.io/v1) and Kubernetes (core/v1, networking.k8s.io/v1).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
+Count = Annotated[int, Field(ge=0)]
+PortNumber = Annotated[int, Field(ge=1, le=65535)]
+Labels = dict[str, str]
+
+
+class Metadata(Strict):
+    name: Name
+
+
+class SecretKeyRef(Strict):
+    name: Name
+    key: str
+
+
+class ValueFrom(Strict):
+    secretKeyRef: SecretKeyRef
+
+
+class EnvVar(Strict):
+    name: str
+    value: str | None = None
+    valueFrom: ValueFrom | None = None
+
+
+class Port(Strict):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,15}$")]
+    containerPort: PortNumber
+
+
+class Resources(Strict):
+    requests: dict[str, Quantity]
+    limits: dict[str, Quantity]
+
+
+class Container(Strict):
+    name: Name
+    image: str
+    env: list[EnvVar] = []
+    ports: list[Port] = []
+    resources: Resources
+
+
+class Toleration(Strict):
+    key: str
+    operator: Literal["Exists", "Equal"]
+    effect: Literal["NoSchedule", "NoExecute", "PreferNoSchedule"]
+
+
+class PodSpec(Strict):
+    serviceAccountName: Name
+    nodeSelector: Labels = {}
+    tolerations: list[Toleration] = []
+    containers: Annotated[list[Container], Field(min_length=1)]
+
+
+class PodTemplate(Strict):
+    spec: PodSpec
+
+
+class HeadGroup(Strict):
+    rayStartParams: dict[str, str]
+    template: PodTemplate
+
+
+class WorkerGroup(Strict):
+    groupName: Name
+    replicas: Count
+    minReplicas: Count
+    maxReplicas: Count
+    rayStartParams: dict[str, str]
+    labels: Labels
+    template: PodTemplate
+
+
+class AuthOptions(Strict):
+    mode: Literal["token"]
+
+
+class AutoscalerOptions(Strict):
+    version: Literal["v1", "v2"]
+    idleTimeoutSeconds: Count
+
+
+class RayClusterSpec(Strict):
+    rayVersion: str
+    authOptions: AuthOptions
+    enableInTreeAutoscaling: bool
+    autoscalerOptions: AutoscalerOptions
+    headGroupSpec: HeadGroup
+    workerGroupSpecs: list[WorkerGroup]
+
+
+class RayCluster(Strict):
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayCluster"]
+    metadata: Metadata
+    spec: RayClusterSpec
+
+    @property
+    def cluster(self) -> RayClusterSpec:
+        return self.spec
+
+
+class RayJobSpec(Strict):
+    entrypoint: str
+    submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode"]
+    shutdownAfterJobFinishes: bool
+    ttlSecondsAfterFinished: Count
+    backoffLimit: Count
+    rayClusterSpec: RayClusterSpec
+
+
+class RayJob(Strict):
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayJob"]
+    metadata: Metadata
+    spec: RayJobSpec
+
+    @property
+    def cluster(self) -> RayClusterSpec:
+        return self.spec.rayClusterSpec
+
+
+class RayServiceSpec(Strict):
+    excludeHeadPodFromServeSvc: bool
+    serveConfigV2: str
+    rayClusterConfig: RayClusterSpec
+
+
+class RayService(Strict):
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayService"]
+    metadata: Metadata
+    spec: RayServiceSpec
+
+    @property
+    def cluster(self) -> RayClusterSpec:
+        return self.spec.rayClusterConfig
+
+
+class Expression(Strict):
+    key: str
+    operator: Literal["Exists", "DoesNotExist"]
+
+
+class Selector(Strict):
+    matchLabels: Labels = {}
+    matchExpressions: list[Expression] = []
+
+
+class Peer(Strict):
+    podSelector: Selector | None = None
+    namespaceSelector: Selector | None = None
+
+
+class PolicyPort(Strict):
+    protocol: Literal["TCP", "UDP"]
+    port: PortNumber
+
+
+class Ingress(Strict):
+    from_: Annotated[list[Peer], Field(alias="from", min_length=1)]
+    ports: list[PolicyPort] = []
+
+
+class PolicySpec(Strict):
+    podSelector: Selector
+    policyTypes: list[Literal["Ingress", "Egress"]]
+    ingress: list[Ingress]
+
+
+class NetworkPolicy(Strict):
+    apiVersion: Literal["networking.k8s.io/v1"]
+    kind: Literal["NetworkPolicy"]
+    metadata: Metadata
+    spec: PolicySpec
+
+
+Manifest = RayCluster | RayJob | RayService | NetworkPolicy
+_ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Annotated[Manifest, Field(discriminator="kind")])
+
+
+def read(tree: Any) -> Manifest:
+    """
+    Raises:
+        pydantic.ValidationError: for a field that is unknown, missing or of another type.
+    """
+    return _ADAPTER.validate_python(tree)

@@ -1,0 +1,241 @@
+"""The launcher files for Google Cloud, for machines of one's own, and for Kubernetes; AWS as far as
+its API is asked before there is a machine to log in to."""
+
+import copy
+import json
+import shlex
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import boto3
+import jsonschema
+import moto
+import pydantic
+import pytest
+import yaml
+
+from cluster import loading
+from cluster.config import ServeSection
+from serving import deploy
+from tests import manifests
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "cluster/launchers"
+RAY_UP = {
+    "aws": ROOT / "cluster.yaml",
+    "gcp": FOLDER / "gcp.yaml",
+    "local": FOLDER / "on-prem.yaml",
+}
+KUBERAY = sorted((FOLDER / "kuberay").glob("*.yaml"))
+
+
+def text(path: Path) -> str:
+    return path.read_text("utf-8")
+
+
+def tree(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(text(path))
+    return found
+
+
+@pytest.fixture(params=RAY_UP)
+def launcher(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return tree(RAY_UP[request.param])
+
+
+def test_ray_accepts_it(launcher: dict[str, Any]) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    schema = json.loads((resources.files("ray.autoscaler") / "ray-schema.json").read_text())
+    jsonschema.validate(launcher, schema)
+    validate_config(prepare_config(copy.deepcopy(launcher)))
+
+
+def test_every_node_starts_with_the_token_and_the_dashboard_on_loopback(
+    launcher: dict[str, Any],
+) -> None:
+    assert launcher["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "chmod 600 ~/.ray/auth_token" in launcher["setup_commands"][0]
+    for kind in ("head", "worker"):
+        start = next(c for c in launcher[f"{kind}_start_ray_commands"] if "ray start" in c)
+        assert "export RAY_AUTH_MODE=token;" in start.partition("ray start")[0]
+        assert "0.0.0.0" not in start
+        assert ("--dashboard-host=127.0.0.1" in start) == (kind == "head")
+
+
+def test_set_up_is_pinned_and_takes_a_new_build(launcher: dict[str, Any]) -> None:
+    first, second, third = (c for c in launcher["setup_commands"] if "pip install" in c)
+    pins = dict(x.split("==") for x in text(ROOT / "constraints.txt").split() if "==" in x)
+    assert first.endswith(f"pip install torch=={pins['torch']}")
+    assert "-c ~/heliostat-install/constraints.txt" in second
+    assert "--no-deps --force-reinstall" in third
+    assert launcher["file_mounts"]["~/heliostat-install/constraints.txt"] == "constraints.txt"
+
+
+@pytest.mark.parametrize("path", [*RAY_UP.values(), *KUBERAY], ids=lambda path: path.name)
+def test_no_secret_stands_in_a_launcher_file(path: Path) -> None:
+    for word in ("RAY_AUTH_TOKEN=", "AWS_SECRET", "password", "BEGIN "):
+        assert word not in text(path)
+    assert path.name in ("rayjob.yaml", "rayservice.yaml") or "heliostat cluster" in text(path)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Commands of ours that a file's head tells the reader to type, lines joined."""
+    lines = text(path).replace("\\\n#", " ").splitlines()
+    told = [line.lstrip("# ").partition("   #")[0] for line in lines if line.startswith("#   ")]
+    return [shlex.split(line) for line in told if "heliostat cluster " in line or ".cli " in line]
+
+
+@pytest.mark.parametrize("path", [*RAY_UP.values(), *KUBERAY], ids=lambda path: path.name)
+def test_the_commands_that_it_tells_are_ours(path: Path) -> None:
+    for words in commands(path):
+        if words[0] == "heliostat":
+            assert words[1:] in (["cluster", "token"], ["cluster", "check"])
+        else:
+            _, verb, recipe, *changes = words[words.index("-m") + 1 :]
+            assert verb == "up" and "serve.wait=false" in changes
+            loading.load(recipe, changes)
+
+
+def test_workers_come_and_go_and_tell_what_they_are() -> None:
+    for path in (RAY_UP["aws"], RAY_UP["gcp"]):
+        launcher = tree(path)
+        kinds = launcher["available_node_types"]
+        assert kinds.pop(launcher["head_node_type"])["resources"] == {"CPU": 0, "GPU": 0}
+        assert {name: kind["labels"] for name, kind in kinds.items()} == {
+            "gpu-spot": {"role": "gpu", "market": "spot"},
+            "gpu-on-demand": {"role": "gpu", "market": "on-demand"},
+            "cpu-data": {"role": "data", "market": "spot"},
+        }
+        assert all(kind["min_workers"] == 0 < kind["max_workers"] for kind in kinds.values())
+        assert launcher["idle_timeout_minutes"] > 0
+        starts = " ".join(launcher["head_start_ray_commands"])
+        assert "mlflow server --host 127.0.0.1 --port 5000" in starts
+
+
+def test_amazon_is_asked_for_what_the_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray up` against moto's EC2 and IAM, to the point where it would log in."""
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    # A new role takes Amazon some seconds to know everywhere, which Ray waits for.
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with moto.mock_aws(config={"iam": {"load_aws_managed_policies": True}}):  # type: ignore[typeddict-item]
+        iam = boto3.client("iam")
+        iam.create_instance_profile(InstanceProfileName="heliostat-storage")  # the user's own
+        ec2 = boto3.client("ec2", region_name="us-west-2")
+        image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+        launcher = yaml.safe_load(text(RAY_UP["aws"]).replace("ami-REPLACE-ME", image))
+        config = bootstrap_aws(prepare_config(launcher))
+        provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+        for name, kind in config["available_node_types"].items():
+            labels = {"ray-user-node-type": name, "ray-node-kind": "worker"}
+            if name != "gpu-on-demand":  # one each of the others
+                provider.create_node(dict(kind["node_config"]), labels, 1)
+        made = [
+            instance
+            for reservation in ec2.describe_instances()["Reservations"]
+            for instance in reservation["Instances"]
+        ]
+        assert sorted(instance["InstanceType"] for instance in made) == [
+            "g6.12xlarge",
+            "m6i.2xlarge",
+            "m6i.4xlarge",
+        ]
+        assert sum(i.get("InstanceLifecycle") == "spot" for i in made) == 2
+        groups = {group["GroupId"] for instance in made for group in instance["SecurityGroups"]}
+        rules = ec2.describe_security_groups(GroupIds=list(groups))["SecurityGroups"]
+        check_closed(rules)
+
+
+def check_closed(groups: list[dict[str, Any]]) -> None:
+    """From outside of the group only SSH, and the service from private addresses."""
+    assert [group["GroupName"] for group in groups] == ["heliostat"]
+    for rule in groups[0]["IpPermissions"]:
+        for source in rule["IpRanges"]:
+            assert (rule["FromPort"], rule["ToPort"]) in ((22, 22), (8000, 8000))
+            assert rule["FromPort"] == 22 or source["CidrIp"].startswith("10.")
+        assert rule["IpRanges"] or rule["UserIdGroupPairs"][0]["GroupId"] == groups[0]["GroupId"]
+
+
+@pytest.fixture(params=KUBERAY, ids=lambda path: path.name)
+def kuberay(request: pytest.FixtureRequest) -> list[Any]:
+    return [manifests.read(part) for part in yaml.safe_load_all(text(request.param))]
+
+
+def test_kuberay_knows_every_field(kuberay: list[Any]) -> None:
+    ours, policy = kuberay
+    cluster = ours.cluster
+    assert cluster.authOptions.mode == "token"
+    assert cluster.rayVersion == metadata.version("ray")
+    assert cluster.headGroupSpec.rayStartParams == {"num-cpus": "0", "num-gpus": "0"}
+    pods = [cluster.headGroupSpec.template, *(g.template for g in cluster.workerGroupSpecs)]
+    containers = [container for pod in pods for container in pod.spec.containers]
+    # KubeRay takes CPUs and GPUs from the limits, which must not be less than what is asked for.
+    assert all(c.resources.requests == c.resources.limits for c in containers)
+    assert len({container.image for container in containers}) == 1
+    assert all({"role", "market"} == group.labels.keys() for group in cluster.workerGroupSpecs)
+    assert all(group.minReplicas == 0 < group.maxReplicas for group in cluster.workerGroupSpecs)
+    open_to_others = [
+        port.port for rule in policy.spec.ingress for port in rule.ports if rule.ports
+    ]
+    assert set(open_to_others) <= {8265, 8000} and policy.spec.policyTypes == ["Ingress"]
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        (("spec", "rayClusterspec"), {}),
+        (("spec", "authOptions"), {"mode": "disabled"}),
+        (("spec", "headGroupSpec", "rayStartParams"), {"num-cpus": 0}),
+        (("spec", "workerGroupSpecs", 0, "minReplicas"), "0"),
+        (("spec", "headGroupSpec", "template", "spec", "containers", 0, "imagePull"), "x"),
+    ],
+)
+def test_a_mistake_would_be_found(path: tuple[Any, ...], wrong: Any) -> None:
+    part = next(iter(yaml.safe_load_all(text(FOLDER / "kuberay/raycluster.yaml"))))
+    node = part
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = wrong
+    with pytest.raises(pydantic.ValidationError):
+        manifests.read(part)
+
+
+def test_the_job_is_one_that_we_run() -> None:
+    job = manifests.read(next(iter(yaml.safe_load_all(text(FOLDER / "kuberay/rayjob.yaml")))))
+    assert isinstance(job, manifests.RayJob)
+    python, dash, module, verb, recipe, *rest = shlex.split(job.spec.entrypoint)
+    assert (python, dash, module, verb) == ("python", "-m", "cluster.cli", "up")
+    loading.load(recipe, [word for word in rest if "=" in word])
+
+
+def test_the_service_is_what_serve_writes() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    part = next(iter(yaml.safe_load_all(text(FOLDER / "kuberay/rayservice.yaml"))))
+    service = manifests.read(part)
+    assert isinstance(service, manifests.RayService)
+    config = yaml.safe_load(service.spec.serveConfigV2)
+    ServeDeploySchema.model_validate(config)
+    (app,) = config["applications"]
+    assert (app["import_path"], app["name"]) == (deploy.IMPORT_PATH, deploy.APPLICATION)
+    ours = deploy.application(
+        ServeSection(host="0.0.0.0", replicas=(1, 8)),
+        app["args"]["store"],
+        [],
+        deploy.Shape(1, 2),
+        runtime_env={},
+    )
+    assert app["args"].keys() == ours["args"].keys()
+    names = [deployment["name"] for deployment in app["deployments"]]
+    assert names == [*(d["name"] for d in ours["deployments"]), "gpt-demo"]
+    assert config["http_options"] == {"host": "0.0.0.0", "port": 8000}
