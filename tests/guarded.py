@@ -48,6 +48,9 @@ class Spoiled(CausalLM):
         factor = np.asarray(self._factors.get(document, 1.0), dtype=np.float32)
         return {**super().example(config, facts, row, rng), "factor": factor}
 
+    def blank(self, config: RunConfig, facts: Facts, rows: int) -> Batch:
+        return {**super().blank(config, facts, rows), "factor": torch.ones(rows)}
+
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         rest = {key: value for key, value in batch.items() if key != "factor"}
         return super().loss(model, rest) * batch["factor"].max()

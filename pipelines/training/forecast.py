@@ -27,15 +27,21 @@ class Forecast:
     """Predictions per second of all workers; not a number where it cannot be computed."""
 
     @staticmethod
-    def of(config: RunConfig, family: Family, facts: Facts, world: World) -> Forecast:
-        """To be called before the model is built."""
+    def of(config: RunConfig, family: Family, facts: Facts, world: World) -> Forecast | None:
+        """To be called before the model is built.
+
+        None for a model that goes by the values in its tensors: that cannot be traced.
+        """
         from pipelines.training import footprint
 
         train = config.train
         device: zero.Device = "cuda" if world.device.type == "cuda" else "cpu"
         precision = zero.precision(train, device)
         rows = zero.micro_batch(train, world.size)
-        traced = footprint.trace(config, family, facts, rows, precision)
+        try:
+            traced = footprint.trace(config, family, facts, rows, precision)
+        except RuntimeError:  # torch's for operators that it knows no shapes of
+            return None
         need = planner.need(train, traced, world.size, precision, heap=device == "cpu")
         peak = product_flops(train.threads_per_worker) if device == "cpu" else peak_of(world.device)
         name = "CPU" if device == "cpu" else "GPU"

@@ -77,7 +77,7 @@ def train(job: TrainJob) -> dict[str, Any]:
     corpus = Corpus(store.artifact("corpus", *job.corpus))
     family = families.load(config.family)
     world = _join_world(config)
-    forecast = Forecast.of(config, family, corpus.facts, world) if world.first else None
+    forecast = _forecast(config, family, corpus, world)
     engine = Engine(config, family, corpus.facts, world)
     lineage = Lineage(
         config.name,
@@ -233,6 +233,14 @@ class _Run:
         self.diary.tell("rewound", step=at.step, to=back.step, batches_left_out=left_out)
         self.batches = self.batches.again()
         return back
+
+
+def _forecast(config: RunConfig, family: Family, corpus: Corpus, world: World) -> Forecast | None:
+    """Rank 0's; the others wait for it, and end with it where it fails."""
+    with agreed(world):
+        if world.first:
+            return Forecast.of(config, family, corpus.facts, world)
+    return None
 
 
 def _rates(config: RunConfig, family: Family, corpus: Corpus, world: World, began: float) -> Rates:

@@ -82,6 +82,7 @@ def main(folder: str, overrides: list[str]) -> None:
     facts = family.expected_facts(config)
     world = World(rank, ranks, torch.device("cpu"))
     forecast = Forecast.of(config, family, facts, world)
+    assert forecast is not None
     engine = Engine(config, family, facts, world)
     rows = config.train.global_batch // ranks
     batch = family.blank(config, facts, rows)
