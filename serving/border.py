@@ -341,7 +341,20 @@ class HeaderGuard:
             scope["headers"] = [
                 pair for pair in map(_harmless, scope["headers"]) if pair is not None
             ]
+            _without_interim_answer(receive)
         await self._app(scope, receive, send)
+
+
+def _without_interim_answer(receive: Receive) -> None:
+    """Never say "100 Continue": HAProxy 2.8 may then hold back the rest of the answer.
+
+    It takes the interim answer for one without a body (haproxy issue 2587) and stalls, or closes,
+    where the final one comes soon after. A client that asked goes on without it (RFC 9110, 10.1.1).
+    Uvicorn's switch for this is a field of the object that `receive` belongs to.
+    """
+    cycle = getattr(receive, "__self__", None)
+    if getattr(cycle, "waiting_for_100_continue", False):
+        cycle.waiting_for_100_continue = False  # type: ignore[union-attr]
 
 
 def _harmless(pair: tuple[bytes, bytes]) -> tuple[bytes, bytes] | None:

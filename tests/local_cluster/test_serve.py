@@ -10,6 +10,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,18 @@ def test_the_server_has_deadlines_that_no_header_moves(served: Served) -> None:
             headers={"x-request-timeout-seconds": value},
         )
         assert answer.status_code == 200
+
+
+def test_who_expects_an_interim_answer_gets_the_whole_one(served: Served) -> None:
+    """HAProxy held back the rest of an answer that came together with `100 Continue`."""
+    at = (served.http.base_url.host, served.http.base_url.port)
+    ask = b"GET / HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\nconnection: close\r\n"
+    page = served.http.get("/").content
+    for _ in range(50):
+        with socket.create_connection(at, timeout=20) as client:
+            client.sendall(ask + b"content-length: 2\r\n\r\n{}")
+            answer = b"".join(iter(partial(client.recv, 1 << 16), b""))
+        assert answer.startswith(b"HTTP/1.1 200 OK") and answer.endswith(page)
 
 
 def test_odd_requests_break_nothing(served: Served) -> None:

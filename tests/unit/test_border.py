@@ -1,11 +1,14 @@
 """Who passes the border: every route, every way to come without a key, every odd header."""
 
+import asyncio
+import socket
 import time
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
 
 from serving.auth import Key, Quota, new_key
@@ -216,7 +219,36 @@ def test_serves_own_headers_do_not_reach_serve() -> None:
         (b"x-other", b"\xff\xfe"),
         (b"accept", "好".encode()),
     ]
-    import asyncio
-
     asyncio.run(HeaderGuard(app)({"type": "http", "headers": headers}, None, None))  # type: ignore[arg-type]
     assert seen == [(b"x-other", b"??"), (b"accept", "好".encode())]
+
+
+@pytest.mark.parametrize("http", ["httptools", "h11"])
+def test_no_interim_answer_goes_out(http: Any) -> None:
+    """Over a real uvicorn, to a client that says `Expect: 100-continue` and sends its body."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["body"] == b"{}"
+        length = [(b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": length})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    config = uvicorn.Config(HeaderGuard(app), http=http, lifespan="off", log_level="error")
+    server = uvicorn.Server(config)
+
+    async def scenario() -> bytes:
+        listening = socket.create_server(("127.0.0.1", 0))
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        writer.write(
+            b"POST / HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\nconnection: close\r\n"
+            b"content-length: 2\r\n\r\n{}"
+        )
+        answer = await reader.read()
+        writer.close()
+        server.should_exit = True
+        await serving
+        return answer
+
+    answer = asyncio.run(scenario())
+    assert answer.startswith(b"HTTP/1.1 200 OK") and answer.endswith(b"ok")
