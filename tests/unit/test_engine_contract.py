@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from serving.engines.fast import FastRunner
 from serving.engines.generation import GenerationEngine
 from serving.engines.linear import Packed, Plain
 from serving.engines.loading import Options, open_runner
+from serving.engines.runner import Feed
 from tests import tiny_model
 from tests.engines import (
     Subject,
@@ -225,6 +227,14 @@ def test_penalties_and_bias_change_the_choice_as_defined(subject: Subject) -> No
 
 def test_a_cancelled_request_frees_its_slot_within_a_step(subject: Subject) -> None:
     runner = subject.runner(slots=1)
+    go_on, forward = threading.Event(), runner.forward
+
+    def held(decode: Sequence[Feed], prompts: Sequence[Feed]) -> torch.Tensor:
+        """The step after the first token lasts until it may end: no race with the assertions."""
+        assert not decode or go_on.wait(60)
+        return forward(decode, prompts)
+
+    runner.forward = held  # type: ignore[method-assign]
     engine = GenerationEngine("model/fake@1", runner, max_waiting=1)
 
     async def scenario() -> None:
@@ -238,6 +248,7 @@ def test_a_cancelled_request_frees_its_slot_within_a_step(subject: Subject) -> N
         assert isinstance(refused, Failed) and refused.status == 503 and refused.retry_after
         engine.cancel("1")
         assert engine.stats().running == 0
+        go_on.set()
         expected = greedy(subject.reference, runner.encode("x"), 4, runner.end)
         assert ids_of(await waiting) == expected
         await first.aclose()
