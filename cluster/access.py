@@ -69,6 +69,26 @@ def read_token() -> str | None:
         return None
 
 
+def token_file() -> Path:
+    """The file that holds the token of `read_token`, for programs that take it from one.
+
+    Raises:
+        UsageError: if it is in the environment only.
+    """
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or token_path()).expanduser()
+    try:
+        held = path.read_text(encoding="utf-8").strip()
+    except OSError:
+        held = ""
+    if held != read_token():
+        raise UsageError(
+            f"the token is in $RAY_AUTH_TOKEN, not in {path}: write it there (mode 0600), or name "
+            "its file with RAY_AUTH_TOKEN_PATH"
+        )
+    check_own(path)
+    return path.absolute()
+
+
 JOBS = "/api/jobs/"
 
 

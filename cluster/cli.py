@@ -348,9 +348,12 @@ def main() -> None:
 def _guarded(call: Callable[[], Any]) -> int:
     """Run, and turn what can go wrong into one line and an exit code."""
     try:
-        # Typer turns a Ctrl-C into this code and, outside of its standalone mode, returns it.
-        if call() == INTERRUPTED:
+        # Outside of its standalone mode Typer returns codes: of `typer.Exit`, and of a Ctrl-C.
+        code = call()
+        if code == INTERRUPTED:
             raise KeyboardInterrupt
+        if isinstance(code, int):
+            return code
     except typer.Exit as stop:
         return stop.exit_code
     except _PARSING_ERROR as error:

@@ -4,10 +4,12 @@ Everything goes through one console, so that `--json` can move it to stderr and 
 one line of JSON.
 """
 
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 PLAIN_EVERY_SECONDS = 10.0
@@ -30,6 +32,39 @@ def console() -> Any:
 def say(text: str) -> None:
     """One line for a person; never parsed as markup."""
     console().print(text, markup=False, emoji=False)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A plain line of a bar, read back from the log of a job."""
+
+    label: str
+    done: int
+    total: int
+    """0 where it is not known."""
+    unit: str
+    note: str
+    """What follows the counts."""
+
+    @property
+    def goodput(self) -> str:
+        """As a share in percent; empty where the line says none."""
+        found = re.search(r"goodput (\d+%)", self.note)
+        return found[1] if found else ""
+
+
+_PLAIN = re.compile(
+    r"(?P<label>[\w -]+): (?P<done>\d+)(/(?P<total>\d+))? (?P<unit>\S+),(?P<note>.*)"
+)
+
+
+def read(line: str) -> Reading | None:
+    """What `Bar.update` printed elsewhere; None for any other line."""
+    found = _PLAIN.fullmatch(line.strip())
+    if found is None:
+        return None
+    label, unit, note = (found[name].strip() for name in ("label", "unit", "note"))
+    return Reading(label, int(found["done"]), int(found["total"] or 0), unit, note)
 
 
 class Bar:

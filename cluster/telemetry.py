@@ -23,6 +23,7 @@ GAUGES: Mapping[str, str] = {
     "mfu": "Model FLOP/s utilisation: share of the devices' peak",
     "peak_memory_bytes": "Largest memory in use by a worker (rank 0)",
     "goodput": "Seconds of steps that count over seconds since the run began",
+    "save_seconds": "Seconds that the last checkpoint held training up; 0 before the first",
     "skipped": "1 where the step was skipped because it was not finite",
     "slow_rank": "Rank whose own work takes far longer than that of the others, or -1",
 }

@@ -54,6 +54,8 @@ class Plan:
             lines.append(
                 f"served on one device: cache for {self.cache_tokens:,} tokens, "
                 f"{self.cache_tokens // length:,} sequences of {length}"
+                if self.cache_tokens
+                else "served on one device: its weights leave no room for a cache"
             )
         return lines
 
@@ -257,11 +259,16 @@ def of_launcher(path: Path) -> Machines:
 
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        types = tree["available_node_types"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path} is no cluster launcher's file: {error}") from error
+    types = tree.get("available_node_types") if isinstance(tree, dict) else None
+    if not isinstance(types, dict):
+        raise UsageError(
+            f"{path} names no types of nodes (available_node_types), as a launcher's file for "
+            "machines of your own does not: say which machines, such as --nodes 4xH100:8"
+        )
     found = []
-    for node in types.values():
+    for node in (node for node in types.values() if isinstance(node, dict)):
         known = INSTANCES.get(str((node.get("node_config") or {}).get("InstanceType", "")))
         most = int(node.get("max_workers", tree.get("max_workers", 0)))
         if known is not None and most:

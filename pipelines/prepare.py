@@ -110,7 +110,7 @@ def run(config: RunConfig) -> StageResult:
     store = open_store(config)
     with (
         session(config),
-        streaming.quiet(),
+        streaming.set_up(config.prepare.labels),
         progress.bar("prepare", 2 * len(parts), "partitions") as bar,
         _staged(store, config, found) as staging,
     ):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from cluster import lease, progress, telemetry
+from cluster import doctor, lease, progress, telemetry
 from cluster.config import RunConfig
 from cluster.errors import ConfigError, HeliostatError, StorageError, TrainingError
 from cluster.journal import Journal
@@ -41,6 +41,7 @@ def run(config: RunConfig) -> StageResult:
 
     Raises:
         CapacityError: if the cluster cannot hold the workers.
+        ClusterError: if its nodes do not fit together.
         StorageError: if another live run has the name, or storage does not take a checkpoint.
         TrainingError: if the run failed more often than `train.max_failures` allows.
     """
@@ -54,6 +55,7 @@ def _run(config: RunConfig, store: Store) -> StageResult:
     job = _job(store, corpus, config)
     began = time.monotonic()
     with session(config) as joined:
+        doctor.before(joined)
         check_capacity(
             joined,
             workers=config.train.world_sizes[0],
@@ -149,6 +151,7 @@ def _fit(job: TrainJob, config: RunConfig, joined: Session, store: Store) -> Non
                 "CPU": settings.threads_per_worker,
                 **({"GPU": 1} if gpu else {}),
             },
+            label_selector=settings.labels or None,
         ),
         **_datasets(job, config),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),

@@ -90,31 +90,34 @@ def ray_init(config: RunConfig) -> list[dict[str, Any]]:
 class Blocks:
     """A Ray Data set that maps in this process."""
 
-    def __init__(self, blocks: list[Any], sizes: list[int | None]) -> None:
-        self.blocks, self._sizes = blocks, sizes
+    def __init__(self, blocks: list[Any], asked: list[Any]) -> None:
+        self.blocks, self._asked = blocks, asked
 
     def map_batches(self, task: Callable[[Any], Any], *, compute: Any, **options: Any) -> "Blocks":
-        self._sizes.append(compute.size)
-        return Blocks([task(block) for block in self.blocks], self._sizes)
+        from ray.data import DataContext
+
+        labels = DataContext.get_current().execution_options.label_selector
+        self._asked.append((compute.size, labels))
+        return Blocks([task(block) for block in self.blocks], self._asked)
 
     def iter_batches(self, **options: Any) -> Iterator[Any]:
         return iter(self.blocks)
 
 
-def prepared(config: RunConfig) -> tuple[Artifact, list[int | None]]:
-    """A corpus of the files in the working directory, and how wide Ray Data was to work."""
+def prepared(config: RunConfig) -> tuple[Artifact, list[Any]]:
+    """A corpus of the files in the working directory, and how wide and where Ray Data works."""
     import ray.data
 
-    sizes: list[int | None] = []
+    asked: list[Any] = []
     with patched() as patch:
         patch.setattr(prepare, "session", joined)
-        patch.setattr(ray.data, "from_blocks", lambda blocks: Blocks(blocks, sizes))
+        patch.setattr(ray.data, "from_blocks", lambda blocks: Blocks(blocks, asked))
         artifact = prepare.run(config).artifact
     assert artifact is not None
-    return artifact, sizes
+    return artifact, asked
 
 
-def _prepared_texts(config: RunConfig) -> tuple[Artifact, list[int | None]]:
+def _prepared_texts(config: RunConfig) -> tuple[Artifact, list[Any]]:
     for folder, texts in (("docs", 80), ("more", 7)):
         Path(folder).mkdir()
         for n in range(texts):
@@ -236,8 +239,8 @@ def row_width(config: RunConfig) -> int:
     return len(next(Corpus(corpus(config)).rows("train"))["tokens"])
 
 
-def ray_data_tasks(config: RunConfig) -> list[int | None]:
-    """How many tasks Ray Data may run at once."""
+def ray_data_tasks(config: RunConfig) -> list[Any]:
+    """How many tasks Ray Data may run at once, and on which nodes."""
     return _prepared_texts(config)[1]
 
 

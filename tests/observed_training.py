@@ -104,10 +104,11 @@ def launch(config: RunConfig) -> dict[str, Any]:
     return {
         "workers": scaling.num_workers,
         "resources": scaling.resources_per_worker,
+        "labels": scaling.label_selector,
         "threads": run.worker_runtime_env["env_vars"]["OMP_NUM_THREADS"],
         "failures": run.failure_config.max_failures,
         "streams": sorted(kept.get("datasets", {})),
-        "may_wait": kept["dataset_config"]._user_execution_options.resource_limits
+        "may_wait": kept["dataset_config"]._user_execution_options
         if "dataset_config" in kept
         else None,
     }

@@ -121,6 +121,9 @@ class PrepareSection(Section):
 
     tasks: Annotated[int, OPERATIONAL, Field(ge=0, le=10_000)] = 0
     """Most partitions worked on at once; 0 lets Ray Data use what the cluster has."""
+    labels: Annotated[dict[str, str], OPERATIONAL] = {}
+    """Ray labels of the nodes that Ray Data may work on, such as {role: data}; it then keeps off
+    the nodes that train, also where `train.input` is `stream`."""
 
 
 __all__ = ["Data", "DataSection", "ImageData", "Operational", "PrepareSection", "TextData"]

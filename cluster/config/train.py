@@ -64,6 +64,9 @@ class TrainSection(Section):
     and losses stay those of any fixed number."""
     threads_per_worker: Annotated[int, OPERATIONAL, Field(ge=1, le=1024)] = 1
     """CPU threads of each worker, reserved from the cluster."""
+    labels: Annotated[dict[str, str], OPERATIONAL] = {}
+    """Ray labels of the nodes that workers may run on, such as {role: gpu} or
+    {ray.io/accelerator-type: H200}. All workers get their places at once, or none does."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
     """Peak of the schedule."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50

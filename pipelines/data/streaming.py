@@ -3,7 +3,7 @@
 import functools
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -42,18 +42,24 @@ def over_partitions(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Ray Data logs its plans and draws bars of its own; the stage has one bar."""
+def set_up(labels: Mapping[str, str]) -> Iterator[None]:
+    """Quiet, because Ray Data logs its plans and draws bars of its own, where the stage has one.
+
+    Args:
+        labels: of the nodes that its tasks may run on.
+    """
     from ray.data import DataContext
 
     context, log = DataContext.get_current(), logging.getLogger("ray.data")
-    before = context.enable_progress_bars, log.level
+    before = context.enable_progress_bars, log.level, context.execution_options.label_selector
     context.enable_progress_bars = False
+    context.execution_options.label_selector = dict(labels) or None
     log.setLevel(logging.ERROR)
     try:
         yield
     finally:
         context.enable_progress_bars = before[0]
+        context.execution_options.label_selector = before[2]
         log.setLevel(before[1])
 
 

@@ -258,7 +258,7 @@ def _build_model(
     if config.train.activation_checkpointing:
         # Reentrant checkpoints run a backward pass inside of the backward pass, which ZeRO's
         # hooks would take for the end of the step.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:
         for block in _blocks(model):
             block.compile(dynamic=False)

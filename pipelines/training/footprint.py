@@ -30,9 +30,7 @@ def trace(
         with _weights_in(precision):
             model: Any = family.build_model(config, facts)
         if config.train.activation_checkpointing:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
         batch = family.blank(config, facts, rows)
         # Views of parameters pass by as results too.

@@ -124,6 +124,8 @@ class _Run:
     """Batches that were left out: step n takes batch n + shift."""
     compared_at: int = 0
     """Step after which the figures are held against the forecast."""
+    save_seconds: float = 0.0
+    """That the last checkpoint held training up."""
 
     def to_the_end(self, start: Progress) -> Progress:
         """To the last step, or until the driver wants it to end."""
@@ -183,6 +185,7 @@ class _Run:
             "batch": float(at.step + self.shift),
             "learning_rate": learning_rate(self.config.train, at.step),
             "peak_memory_bytes": peak_memory(self.engine.world.device),
+            "save_seconds": self.save_seconds,
             **self.rates.row(outcome, seconds=seconds, waited=waited, counted=counted),
         }
         if self.forecast is not None and at.step + 1 == self.compared_at:
@@ -204,8 +207,10 @@ class _Run:
 
     def _save(self, at: Progress) -> None:
         self.pulse.at("save")
+        began = time.monotonic()
         self.engine.average_buffers()
         self.writer.save(self.engine, at, complete=at.step == self.config.train.steps)
+        self.save_seconds = time.monotonic() - began
         self.pulse.at("data")
 
     def _ended(self, at: Progress, verdict: Verdict) -> Progress:

@@ -158,7 +158,10 @@ def options(config: RunConfig) -> Any:
     from ray.data import ExecutionOptions, ExecutionResources
 
     limit = ExecutionResources(object_store_memory=config.train.stream_bytes)
-    return ray.train.DataConfig(execution_options=ExecutionOptions(resource_limits=limit))
+    where = config.prepare.labels or None
+    return ray.train.DataConfig(
+        execution_options=ExecutionOptions(resource_limits=limit, label_selector=where)
+    )
 
 
 def _block(work: Any) -> pa.Table:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster import progress
 from cluster.errors import HeliostatError
 from cluster.journal import Journal
 from cluster.storage import Store
@@ -36,6 +37,8 @@ ANSWER_SECONDS = 10.0
 """How long a sign may take to reach the board."""
 DUMP_SECONDS = 20.0
 MOST_DUMPS = 8
+WORTH_A_WORD = 10.0
+"""Seconds of a rank's silence from which on the driver's log says so, for `heliostat why`."""
 SLOW_LOOKS = 3
 """Times in a row, a second or more apart, that a rank must be seen slow before it is named."""
 PROFILER = "py-spy"
@@ -174,6 +177,7 @@ class Watchdog:
         self._looked = 0.0
         self._slow: tuple[int, int] = (-1, 0)
         self._named: set[tuple[str, int]] = set()
+        self._told: set[tuple[str, int, int]] = set()
         self.slow_rank = -1
 
     def look(self) -> None:
@@ -193,7 +197,20 @@ class Watchdog:
             self._replaced.add(suspects[0].start_id)
             silent = {sign.rank: still for sign, _, still in signs}
             self._replace(suspects[:MOST_DUMPS], silent)
+        self._tell_silent(signs)
         self._note_slow([sign for sign, _, _ in signs])
+
+    def _tell_silent(self, signs: Sequence[tuple[Sign, float, float]]) -> None:
+        """Once per rank and step, of those from which no sign comes at all."""
+        for sign, since, _ in signs:
+            key = (sign.start_id, sign.rank, sign.step)
+            if since >= WORTH_A_WORD and key not in self._told:
+                self._told.add(key)
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(time.time() - since))
+                progress.say(
+                    f"pretrain: rank {sign.rank} (process {sign.pid} on node {sign.node[:8]}) at "
+                    f"step {sign.step}, {sign.phase}, silent since {when} UTC"
+                )
 
     def _replace(self, suspects: Sequence[Sign], seconds: Mapping[int, float]) -> None:
         """Dump their stacks and kill them; Ray Train then starts all workers again."""

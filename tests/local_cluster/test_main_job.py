@@ -21,9 +21,13 @@ import openai
 import psutil
 import pytest
 
+from cluster import panels
 from cluster.storage import Artifact, Store
 from tests.ports import free_ports
 
+PATIENCE = 600
+"""Seconds for a job, which takes a minute or two of a machine that has nothing else to do."""
+pytestmark = pytest.mark.timeout(PATIENCE + 60)
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("cluster", "pipelines", "serving", "tune", "pyproject.toml", ".rayignore")
 TOKEN = "b" * 64
@@ -66,7 +70,26 @@ class Head:
         command += ["python", "-m", "cluster.cli", "up", str(self.recipe), *arguments]
         command += [f"storage.root={self.root}", f"serve.port={self.port}", "serve.wait=false"]
         return subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=280, check=False
+            command,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+
+    def heliostat(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Our command on a laptop, in the first job's working tree."""
+        tree = self.recipe.parent / "first"
+        shutil.copy(self.recipe, tree)
+        return subprocess.run(
+            [sys.executable, "-m", "cluster.cli", *words],
+            cwd=tree,
+            env=self.environment | {"RAY_API_SERVER_ADDRESS": self.dashboard, "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
         )
 
 
@@ -114,7 +137,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         node = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         url = f"http://127.0.0.1:{dashboard}"
-        wait_for(url, node, base / "head.log")
+        wait_for(f"{url}/api/jobs/", node, base / "head.log")
         yield Head(url, environment, recipe, base / "root", http)
     finally:
         end(node)
@@ -136,13 +159,13 @@ def end(node: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def wait_for(url: str, node: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(address: str, node: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 90
     headers = {"Authorization": f"Bearer {TOKEN}"}
     while time.monotonic() < deadline:
         assert node.poll() is None, log.read_text()
         try:
-            if httpx.get(f"{url}/api/jobs/", headers=headers, timeout=2).status_code == 200:
+            if httpx.get(address, headers=headers, timeout=2).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
@@ -151,7 +174,33 @@ def wait_for(url: str, node: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(head: Head) -> Artifact:
+def prometheus(head: Head) -> Iterator[str]:
+    """`heliostat monitor`, from before the first job on; empty where Prometheus is missing."""
+    if shutil.which("prometheus") is None:
+        yield ""
+        return
+    base = head.recipe.parent
+    token, (port,) = base / "token", free_ports(1)
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    words = ["monitor", f"--folder={base}/monitor", f"--prometheus-port={port}"]
+    with (base / "monitor.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", *words, f"--address={head.dashboard}"],
+            env=head.environment | {"RAY_AUTH_TOKEN_PATH": str(token)},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/-/ready", process, base / "monitor.log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, (base / "monitor.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def served(head: Head, prometheus: str) -> Artifact:
     """The first job: everything runs, and the model stays served after the job's end."""
     answer = head.submit(working_tree(head.recipe.parent / "first"))
     assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-2000:]
@@ -214,6 +263,29 @@ def test_the_page_and_the_errors_are_served(head: Head, served: Artifact) -> Non
         client(head).completions.create(model="tiny", prompt="x", max_tokens=-1)
 
 
+def test_every_panel_has_data_from_a_real_run(
+    head: Head, served: Artifact, prometheus: str
+) -> None:
+    """Training's figures from the first job, serving's from requests of now."""
+    if not prometheus:
+        pytest.skip("no prometheus on this machine: apt-get install prometheus")
+    wanted = [query for board in panels.BOARDS for query in board.queries(gpu=False)]
+    deadline = time.monotonic() + 90
+    while wanted:
+        assert time.monotonic() < deadline, f"no data: {wanted}"
+        client(head).completions.create(model="tiny", prompt="the mirror " * 8, max_tokens=8)
+        wanted = [(title, query) for title, query in wanted if not _has_data(prometheus, query)]
+        time.sleep(1)
+
+
+def _has_data(prometheus: str, query: str) -> bool:
+    """Numbers within the last quarter of an hour."""
+    asked = {"query": query, "start": time.time() - 900, "end": time.time(), "step": 5}
+    answer = httpx.get(f"{prometheus}/api/v1/query_range", params=asked).json()
+    assert answer["status"] == "success", f"{query}: {answer}"
+    return any(value != "NaN" for row in answer["data"]["result"] for _, value in row["values"])
+
+
 def test_a_second_job_from_an_edited_tree_skips_every_stage(head: Head, served: Artifact) -> None:
     tree = working_tree(head.recipe.parent / "second")
     with (tree / "pipelines/pretrain.py").open("a") as module:
@@ -235,7 +307,31 @@ def test_a_second_job_from_an_edited_tree_skips_every_stage(head: Head, served: 
 
 
 def test_a_changed_config_is_refused_inside_a_job_too(head: Head, served: Artifact) -> None:
-    answer = head.submit(head.recipe.parent / "first", "train.learning_rate=0.02")
-    assert answer.returncode != 0
+    """Submitted from a laptop, where the command ends as its job does."""
+    changes = ("train.learning_rate=0.02", f"storage.root={head.root}", "--name", "changed")
+    answer = head.heliostat("submit", "up", "tiny.yaml", *changes)
+    assert answer.returncode == 3, answer.stdout + answer.stderr
     assert "train.learning_rate: 0.01 -> 0.02" in answer.stdout
     assert Store(str(head.root)).latest("model", "tiny") == served
+    assert "uploading" in answer.stdout and "job changed: python -m cluster.cli up" in answer.stdout
+    assert "it failed after" in head.heliostat("why", "changed").stdout
+
+
+def test_a_laptop_sees_its_jobs(head: Head, served: Artifact) -> None:
+    listed = head.heliostat("jobs")
+    assert listed.returncode == 0 and "succeeded" in listed.stdout, listed.stdout + listed.stderr
+    assert "serve" in listed.stdout
+    checked = head.heliostat("cluster", "check")
+    assert checked.returncode == 0 and "401 without the token" in checked.stdout, checked.stderr
+    unknown = head.heliostat("why", "nobody")
+    assert unknown.returncode == 3 and "knows no job nobody" in unknown.stderr
+
+
+def test_the_doctor_examines_the_cluster(head: Head, served: Artifact) -> None:
+    told = head.heliostat("submit", "doctor", "tiny.yaml", f"storage.root={head.root}")
+    lines = [line for line in told.stdout.splitlines() if line.startswith(("ok", "warn", "bad"))]
+    assert told.returncode == 0, told.stdout + told.stderr
+    subjects = [line.split()[1] for line in lines]
+    for subject in ("dashboard:", "versions:", "clock:", "disk:", "storage:", "token:", "start:"):
+        assert subject in subjects, told.stdout
+    assert not any(line.startswith("bad") for line in lines)

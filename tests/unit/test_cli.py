@@ -136,6 +136,17 @@ def test_every_error_has_its_exit_code(
     assert out == "" and err == (f"heliostat: {err[11:-1]}\n" if says else "") and says in err
 
 
+def test_a_command_ends_with_the_code_that_it_gives() -> None:
+    """As `submit` does with that of its job."""
+    app = typer.Typer()
+
+    @app.command()
+    def refused() -> None:
+        raise typer.Exit(2)
+
+    assert cli._guarded(lambda: app([], standalone_mode=False)) == 2
+
+
 def test_a_fault_of_ours_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         cli._guarded(lambda: 1 / 0)

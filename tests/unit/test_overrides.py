@@ -61,6 +61,8 @@ CASES = (
     Case("ray.address", "10.0.0.1:6379", data.ray_init),
     Case("ray.cpus", "77", data.ray_init),
     Case("prepare.tasks", "3", data.ray_data_tasks, SMALL),
+    Case("prepare.labels", "{role: data}", data.ray_data_tasks, SMALL),
+    Case("prepare.labels", "{role: data}", training.launch, (*FEW, "train.input=stream")),
     # data
     Case("data.sources", "[docs, more]", data.counts, SMALL),
     Case("data.columns", "{docs: {text: body}}", data.texts_of_a_table, SMALL),
@@ -143,6 +145,7 @@ CASES = (
     Case("train.stream_bytes", "5000000", training.launch, (*FEW, "train.input=stream")),
     Case("train.workers", "4", training.launch, FEW),
     Case("train.threads_per_worker", "3", training.launch, FEW),
+    Case("train.labels", "{role: gpu}", training.launch, FEW),
     Case("train.max_failures", "7", training.launch, FEW),
     Case("train.zero_stage", "3", training.deepspeed_settings, SHORT),
     Case("train.offload_optimizer", "cpu", training.deepspeed_settings, SHORT),

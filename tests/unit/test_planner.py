@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -6,6 +7,7 @@ from cluster import loading, planner
 from cluster.config import TrainSection
 from cluster.errors import UsageError
 from cluster.planner import Footprint, Machines
+from pipelines.plan import of_launcher
 
 GB = 10**9
 # Seven billion parameters in 16 bits; 10 GB of activations for each row, 1 GB of logits.
@@ -108,3 +110,28 @@ def test_machines_are_read(text: str, nodes: int, device: str, each: int) -> Non
 def test_machines_that_nobody_has_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="such as 4xH200:8"):
         planner.machines(text)
+
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_machines_of_a_launcher_are_read() -> None:
+    machines = of_launcher(REPOSITORY / "cluster.yaml")
+    assert (machines.nodes, machines.device, machines.devices_per_node) == (16, "L4", 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("provider: {type: local, head_ip: 10.0.0.1}", "names no types of nodes"),
+        ("- 1", "names no types of nodes"),
+        ("available_node_types: [head]", "names no types of nodes"),
+        ("available_node_types: {机: 4}", "no instance with accelerators"),
+        ("{", "is no cluster launcher's file"),
+    ],
+)
+def test_a_launcher_that_tells_no_machines_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "launcher.yaml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(UsageError, match=says):
+        of_launcher(path)

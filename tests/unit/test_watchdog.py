@@ -4,10 +4,16 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 
+from cluster import progress
+from cluster.storage import Store
+from cluster.telemetry import Sign
+from cluster.waiting import SILENT
 from pipelines.training import watchdog
 
 SLEEPER = """
@@ -90,3 +96,17 @@ def test_nothing_waits_for_what_does_not_hear() -> None:
         watchdog.stoppable(work, lambda: False, grace=60)
     assert time.monotonic() - began < 30
     never.set()
+
+
+def test_a_silent_rank_is_told_once_as_why_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(progress._state, "console", None)
+    sign = Sign("a", 1, 2, 77, 0.0, "ab" * 14, 0, 5, "step", 5, 0.1, 0.1, 0.1)
+    other = replace(sign, rank=0)
+    eye = watchdog.Watchdog(None, Store(str(tmp_path)), "run", 25)
+    for since in (9.0, 11.0, 12.0):
+        eye._tell_silent([(sign, since, since), (other, 0.5, since)])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("pretrain: rank 1 (process 77 on node abababab) at step 5, step, silent")
+    assert SILENT.fullmatch(line)
