@@ -5,13 +5,15 @@ PYTHON ?= python3.11
 TORCH_INDEX_URL ?=
 BIN := .venv/bin
 
-.PHONY: setup demo test test-unit test-chaos check bench
+.PHONY: setup demo test test-unit test-chaos test-hosts check bench
 setup: .venv/.installed
 demo: setup ; $(BIN)/heliostat up gpt-demo
 check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
-test: setup ; $(BIN)/pytest -m 'not chaos' tests/unit tests/local_cluster
+test: setup ; $(BIN)/pytest -m 'not chaos and not hosts' tests/unit tests/local_cluster
 test-unit: setup ; $(BIN)/pytest -m 'not chaos' tests/unit
 test-chaos: setup ; $(BIN)/pytest -m chaos tests
+# Needs root, and apt-get install iproute2 openssh-server rsync; it says what is missing.
+test-hosts: setup ; $(BIN)/pytest -v -s --timeout=1800 tests/hosts
 bench: setup ; $(BIN)/python benchmarks/main_job.py
 
 # torch goes first and alone, so that the build that pip is set up to offer is the one taken.

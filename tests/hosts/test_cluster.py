@@ -1,0 +1,100 @@
+"""Two hosts as a user of the cluster has them: `ray up`, a job on both, HTTP at each, `ray down`.
+
+One launch serves all tests of this module.
+"""
+
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from cluster.storage import Artifact, Store
+from tests.lab import lab
+from tests.launched import TINY, Launched, launched
+
+# Most of the time is spent starting processes.
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1200)]
+PORT = 8000
+JOB = ("train.steps=30", "train.checkpoint_every=10", "serve.wait=false", "serve.host=0.0.0.0")
+UP = ("python", "-m", "cluster.cli", "up", "gpt-demo", *TINY, *JOB)
+
+
+@pytest.fixture(scope="module")
+def cluster(_possible: None) -> Iterator[Launched]:
+    with lab(2) as hosts, launched(hosts) as cluster:
+        cluster.wait_for_nodes(2)
+        yield cluster
+
+
+def submit(cluster: Launched, *words: str) -> None:
+    """`ray job submit` of a command, to its end."""
+    done = cluster.command("ray", "job", "submit", "--working-dir", ".", "--", *words)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(cluster: Launched) -> Artifact:
+    """From text to a trained model, as a job."""
+    submit(cluster, *UP, "--to", "pretrain")
+    made = Store(str(cluster.lab.store / "root")).latest("checkpoint", "gpt-demo")
+    assert made is not None
+    return made
+
+
+@pytest.fixture(scope="module")
+def key(cluster: Launched) -> str:
+    """An API key: the service is to be open to the network."""
+    made = cluster.heliostat("keys", "create", "smoke", f"storage.root={cluster.lab.store}/root")
+    assert made.returncode == 0, made.stderr
+    return made.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def served(cluster: Launched, checkpoint: Artifact, key: str) -> None:
+    """The rest of the way: the same job again, which skips what is done."""
+    submit(cluster, *UP)
+    assert Store(str(cluster.lab.store / "root")).latest("checkpoint", "gpt-demo") == checkpoint
+
+
+def test_the_hosts_have_joined_and_are_closed(cluster: Launched) -> None:
+    assert {node["node_ip"] for node in cluster.alive()} == {
+        host.address for host in cluster.lab.hosts
+    }
+    assert httpx.get(f"{cluster.url}/api/jobs/").status_code == 401
+    for host in cluster.lab.hosts:
+        mode = cluster.lab.ssh(host, "stat -c %a ~/.ray/auth_token ~/.ray").split()
+        assert mode == ["600", "700"]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://{cluster.head.address}:8265/api/jobs/")
+
+
+def test_training_ran_on_both_hosts(cluster: Launched, checkpoint: Artifact) -> None:
+    assert checkpoint.manifest.complete
+    assert checkpoint.manifest.detail["world_size"] == 2
+    workers = [
+        actor for actor in cluster.rows("actors") if actor["class_name"].endswith("RayTrainWorker")
+    ]
+    nodes = {node["node_id"]: node["node_ip"] for node in cluster.alive()}
+    assert {nodes[worker["node_id"]] for worker in workers} == {
+        host.address for host in cluster.lab.hosts
+    }
+
+
+def test_code_came_with_the_job_and_the_wheel(cluster: Launched, checkpoint: Artifact) -> None:
+    """No host sees the checkout: what is installed is the wheel, what ran is the job's copy."""
+    for host in cluster.lab.hosts:
+        where = cluster.lab.ssh(
+            host, "cd / && ~/heliostat-venv/bin/python -c 'import cluster; print(cluster.__file__)'"
+        )
+        assert "/heliostat-venv/" in where
+        copies = "ls -d /tmp/ray/session_latest/runtime_resources/working_dir_files/*/cluster"
+        assert cluster.lab.ssh(host, copies)
+
+
+def test_every_host_answers(cluster: Launched, key: str, served: None) -> None:
+    for host in cluster.lab.hosts:
+        client = openai.OpenAI(base_url=f"http://{host.address}:{PORT}/v1", api_key=key)
+        answer = client.completions.create(model="gpt-demo", prompt="the mirror", max_tokens=8)
+        assert answer.usage is not None and answer.usage.completion_tokens > 0
+        assert httpx.get(f"http://{host.address}:{PORT}/v1/models").status_code == 401
