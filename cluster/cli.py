@@ -219,6 +219,17 @@ def keys_revoke(
     _top("serving.keys").revoke(loading.load(recipe, overrides or []), key)
 
 
+registry = typer.Typer(help="MLflow, the index of published models.", no_args_is_help=True)
+app.add_typer(registry, name="registry")
+
+
+@registry.command("rebuild")
+def registry_rebuild(overrides: Overrides = None, recipe: ForRecipe = DEFAULT_RECIPE) -> None:
+    """Make its entries again from the manifests of a storage root, which are the truth."""
+    for line in _top("pipelines.publish").rebuild(loading.load(recipe, overrides or [])):
+        print(line)
+
+
 @app.command()
 def chat(
     model: Annotated[

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import progress
+from cluster import loading, progress
 from cluster.config import RunConfig
-from cluster.errors import HeliostatError
+from cluster.errors import ArtifactError, HeliostatError
 from cluster.placement import Room, run_on_one_node
 from cluster.registry import Registry, registry_uri
 from cluster.session import open_store, session
@@ -75,6 +75,36 @@ def run(config: RunConfig) -> StageResult:
     )
     headline = f"{artifact.name}@{artifact.version}, {config.publish.alias}"
     return StageResult(artifact, headline, artifact.manifest.metrics)
+
+
+def rebuild(config: RunConfig) -> list[str]:
+    """Make MLflow's entries of a storage root again, from the manifests: every model with its
+    alias, and the figures of the run behind it. What is there already stays.
+
+    An alias goes to the newest model that was published under it.
+
+    Returns:
+        A line for each model.
+
+    Raises:
+        HeliostatError: if the registry cannot be reached or refuses.
+    """
+    store = open_store(config)
+    registry = Registry(registry_uri(store, config))
+    return [_indexed(model, registry) for model in store.all("model")]
+
+
+def _indexed(model: Artifact, registry: Registry) -> str:
+    config = loading.validate(dict(model.manifest.config))
+    alias = config.publish.alias
+    line = f"{model.id} is version {registry.register(model, alias)}, alias {alias}"
+    try:
+        evaluation = parent(model, "evaluation")
+        trained = Trained.open(parent(evaluation, "checkpoint"), config)
+    except ArtifactError as error:
+        return f"{line}; its run stays unknown: {error}"
+    _log_run(registry.uri, config, evaluation, trained)
+    return line
 
 
 def write(

@@ -149,6 +149,43 @@ def test_publishing_again_moves_the_alias(tmp_path: Path) -> None:
     assert "heldout_bits_per_byte" in run.data.metrics
 
 
+def test_the_index_is_made_again_from_manifests(tmp_path: Path) -> None:
+    config = made.text_config(tmp_path)
+    evaluated(config)
+    publish.run(config)
+    publish.run(config)
+    store = Store(config.storage.root)
+    before = _indexed(registry_uri(store, config))
+    assert before["champion"] == "model/gpt-demo@2" and before["loss"]
+    empty = made.text_config(tmp_path, registry={"uri": f"sqlite:///{tmp_path}/again.db"})
+    lines = publish.rebuild(empty)
+    assert [line.partition(" is ")[0] for line in lines] == ["model/gpt-demo@1", "model/gpt-demo@2"]
+    assert _indexed(empty.registry.uri) == before
+    publish.rebuild(empty)
+    assert _indexed(empty.registry.uri) == before  # nothing twice
+    # A model whose checkpoint was deleted is a model nevertheless.
+    [checkpoint] = store.all("checkpoint")
+    store.delete(checkpoint)
+    third = made.text_config(tmp_path, registry={"uri": f"sqlite:///{tmp_path}/third.db"})
+    assert "its run stays unknown: checkpoint/" in publish.rebuild(third)[0]
+    assert Registry(third.registry.uri).resolve("gpt-demo", "champion") == "model/gpt-demo@2"
+
+
+def _indexed(uri: str) -> dict[str, Any]:
+    """What MLflow holds of `gpt-demo`: runs with their figures, versions, the alias."""
+    client = Registry(uri)._client
+    experiment = client.get_experiment_by_name("gpt-demo")
+    [run] = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(run.info.run_id, "loss")
+    return {
+        "champion": Registry(uri).resolve("gpt-demo", "champion"),
+        "versions": len(client.search_model_versions("name = 'gpt-demo'")),
+        "loss": sorted((point.step, point.value) for point in history),
+        "figures": run.data.metrics,
+        "params": run.data.params,
+    }
+
+
 def test_a_registry_that_refuses_leaves_no_model(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file where the registry's folder should be")
     config = made.text_config(tmp_path, registry={"uri": f"sqlite:///{tmp_path}/taken/mlflow.db"})
