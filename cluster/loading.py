@@ -207,14 +207,23 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _derive_kinds(tree: dict[str, Any]) -> None:
-    """A family implies its data and model kinds; a recipe need not repeat them."""
+    """A family implies its data and model kinds; a recipe need not repeat them.
+
+    Raises:
+        ConfigError: for another kind than the family's.
+    """
     kinds = FAMILIES.get(str(tree.get("family")))
     if kinds is None:
         return
     for section, kind in zip(("data", "model"), kinds, strict=True):
         node = tree.setdefault(section, {})
         if isinstance(node, dict):
-            node.setdefault("kind", kind)
+            given = node.setdefault("kind", kind)
+            if given != kind:
+                # Here, since each key of another kind would be an error of its own.
+                raise ConfigError(
+                    f"family {tree['family']} needs {section}.kind {kind}, not {str(given)[:40]}"
+                )
 
 
 def _explain(problem: Any) -> str:

@@ -55,17 +55,6 @@ class RunConfig(Section):
     serve: ServeSection = ServeSection()
 
     @model_validator(mode="after")
-    def _kinds_fit_family(self) -> "RunConfig":
-        data, model = FAMILIES[self.family]
-        if self.data.kind != data:
-            raise ConfigError(f"family {self.family} needs data.kind {data}, not {self.data.kind}")
-        if self.model.kind != model:
-            raise ConfigError(
-                f"family {self.family} needs model.kind {model}, not {self.model.kind}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _batch_divides(self) -> "RunConfig":
         train = self.train
         for size in train.world_sizes:

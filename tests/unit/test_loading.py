@@ -273,3 +273,8 @@ def test_what_is_printed_loads_as_the_same_config(
     assert again == config
     # Any other reader of YAML agrees.
     assert RunConfig.model_validate_json(json.dumps(yaml.safe_load(loading.dump(config)))) == config
+
+
+def test_another_kind_than_the_familys_is_one_mistake() -> None:
+    with pytest.raises(ConfigError, match="needs data.kind text, not image"):
+        loading.load("gpt-demo", ["data.kind=image"])
