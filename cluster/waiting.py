@@ -66,7 +66,9 @@ def reason(facts: Facts) -> str:
             "see runtime_env_setup*.log in the Ray dashboard"
         )
     for wish in facts.wishes:
-        return _waiting(wish, facts)
+        # What wants nothing gets it once its process has started, if there is such a node.
+        if _sum(wish.bundles) or _lacking(wish, facts.machines):
+            return _waiting(wish, facts)
     last = _last_line(facts.log)
     if SILENT.fullmatch(last):
         return f"{last}; `heliostat journal` and the Ray dashboard show its stack"

@@ -125,3 +125,10 @@ def test_the_dashboard_is_asked_for_all_of_it() -> None:
         assert said.startswith("a group of 1 workers asks for 1 GPU, which no node has")
         with pytest.raises(UsageError, match="knows no job other: it has mine"):
             explain(Dashboard(address, "t"), "other")
+    starting = {"name": "sees", "required_resources": {}, "placement_group_id": None}
+    there = {"class_name": "Board", "label_selector": {"ray.io/node-id": "ab"}}
+    node |= {"labels": {"ray.io/node-id": "ab"}}
+    answers |= {"/api/v0/placement_groups": rows(), "/api/v0/nodes": rows(node)}
+    answers |= {"/api/v0/actors": rows(there), "/api/v0/tasks": rows(starting)}
+    with dashboard(answers, "t") as address:
+        assert explain(Dashboard(address, "t"), "mine").startswith("it waits for nothing")
