@@ -15,7 +15,11 @@ from pipelines.data.live import Place
 from pipelines.training import stream
 from tests import fakes
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.chaos,
+    pytest.mark.usefixtures("ray_session"),
+]
 
 DOCUMENTS = 48
 ROW = 1 << 17
