@@ -90,6 +90,38 @@ def test_data_and_training_keep_to_the_nodes_of_their_labels(cluster: Launched) 
     assert prepared == {"data"}
 
 
+def test_no_half_of_a_group_is_held(cluster: Launched) -> None:
+    """Three workers want the label that two nodes of one CPU have: they wait, and hold nothing."""
+    name = f"large-{time.time_ns()}"
+    sent = cluster.heliostat(
+        *("submit", "up", "gpt-demo", "name=large", *TINY, "--to", "pretrain", "--name", name),
+        *("--detach", "train.steps=20", "train.workers=3", "train.global_batch=9"),
+        "train.labels={role: train}",
+    )
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    said: list[str] = []
+
+    def told() -> bool:
+        said.append(cluster.heliostat("why", name).stdout.strip())
+        return "pending placement" in said[-1]
+
+    try:
+        wait_until(told, 180, lambda: str(said))
+        assert "3 CPUs at once and the cluster has 2 CPUs in all with label role=train" in said[-1]
+        # What a group holds is taken from the CPUs that are free.
+        quick = f"free-{time.time_ns()}"
+        asks = "ray.remote(num_cpus=1, label_selector={'role': 'train'})(lambda: 'free')"
+        code = f"import ray; ray.init(); print(ray.get([{asks}.remote() for _ in range(2)]))"
+        done = cluster.command(
+            *("ray", "job", "submit", "--submission-id", quick, "--", "python", "-c"),
+            code,
+            timeout=120,
+        )
+        assert done.returncode == 0 and "['free', 'free']" in done.stdout, done.stdout
+    finally:
+        cluster.command("ray", "job", "stop", name)
+
+
 def test_doctor_finds_what_is_wrong(cluster: Launched) -> None:
     """An open port and a token that others can read, on two hosts."""
     one, other = cluster.workers
