@@ -274,7 +274,7 @@ def heliostat(side: Side, gate: Gate) -> None:
 
     world, config = _world(side), side.config
     loop.BatchSource, loop._Board = Gated, Last  # type: ignore[misc]
-    loop._join_world = lambda config: world
+    loop.join_world = lambda config: world
     corpus = Store(config.storage.root).latest("corpus", config.name)
     assert corpus is not None
     name = f"{side.name}-{os.getppid()}".lower().replace(" ", "-").replace(",", "")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from cluster import progress
 from cluster.config import RunConfig
 from cluster.errors import ConfigError, UsageError
+from cluster.loading import changed
 from cluster.session import open_store, session
 from cluster.stages import (
     BY_VERB,
@@ -19,6 +20,7 @@ from cluster.stages import (
     Stage,
     StageResult,
     fingerprint,
+    flat,
     relevant,
     resolved,
     source_of,
@@ -26,6 +28,8 @@ from cluster.stages import (
 from cluster.storage import Artifact, Manifest, Store
 
 Action = Literal["run", "resume", "skip"]
+SEARCH = "tune"
+"""Stage whose result is settings for those behind it."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,32 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def wanted(stages: Sequence[Stage], config: RunConfig) -> list[Stage]:
+    """Those of several stages that the config does not leave out; one alone is always wanted."""
+    if len(stages) == 1:
+        return list(stages)
+    on = flat(resolved(config))
+    return [stage for stage in stages if stage.enabled_by is None or on[stage.enabled_by]]
+
+
+def tuned(stage: Stage, config: RunConfig, store: Store) -> RunConfig:
+    """The config that a stage runs with: behind a search, with what the newest one found.
+
+    Raises:
+        UsageError: if the config wants a search and there was none.
+    """
+    verbs = [one.verb for one in STAGES]
+    if not config.tune.enabled or verbs.index(stage.verb) <= verbs.index(SEARCH):
+        return config
+    study = store.latest(BY_VERB[SEARCH].makes or "", config.name)
+    if study is None:
+        raise UsageError(
+            f"{stage.verb} takes what a search found (tune.enabled) and there was none of "
+            f"{config.name}: run `heliostat {SEARCH}` first, or give tune.enabled=false"
+        )
+    return changed(config, study.manifest.detail["overrides"])
+
+
 def plan(stages: Sequence[Stage], config: RunConfig, store: Store) -> list[tuple[str, Decision]]:
     """What `execute` would do. A stage after one that runs will see a new input.
 
@@ -120,15 +150,18 @@ def plan(stages: Sequence[Stage], config: RunConfig, store: Store) -> list[tuple
         UsageError: for what `execute` would refuse, now or after hours at a later stage.
     """
     planned: list[tuple[str, Decision]] = []
-    for stage in stages:
+    for stage in wanted(stages, config):
         before = dict(planned).get(_maker_of(stage.needs))
-        if before is not None and before.action != "skip":
+        search = dict(planned).get(SEARCH)
+        if search is not None and search.action != "skip" and stage.verb == "pretrain":
+            planned.append((stage.verb, Decision("run", f"after {SEARCH}")))
+        elif before is not None and before.action != "skip":
             newest = store.latest(stage.makes, config.name) if stage.makes else None
             if newest is not None and not config.fresh:
                 _refuse_changes(stage, config, newest.manifest)
             planned.append((stage.verb, Decision("run", f"after {_maker_of(stage.needs)}")))
         else:
-            planned.append((stage.verb, _decide_now(stage, config, store)))
+            planned.append((stage.verb, _decide_now(stage, tuned(stage, config, store), store)))
     return planned
 
 
@@ -143,6 +176,7 @@ def execute(
         on_end: called when all are done, before a service that one of them started is held open.
     """
     store = open_store(config)
+    stages = wanted(stages, config)
     _preflight(stages, config, store)
     done: list[Done] = []
     with session(config) as joined:
@@ -150,7 +184,7 @@ def execute(
             progress.say(f"Ray dashboard: http://{joined.dashboard}")
         holding: list[Callable[[], None]] = []
         for stage in stages:
-            row, stay = _execute_one(stage, config, store)
+            row, stay = _execute_one(stage, tuned(stage, config, store), store)
             done.append(row)
             holding += [stay] if stay else []
         if on_end is not None:

@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -115,6 +115,18 @@ def validate(tree: dict[str, Any]) -> RunConfig:
         raise ConfigError("; ".join(dict.fromkeys(map(_explain, causes)))) from None
 
 
+def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """A config with other values, by dotted key.
+
+    Raises:
+        ConfigError: if they are refused.
+    """
+    tree = config.model_dump(mode="json")
+    for key, value in values.items():
+        _set(tree, key, value)
+    return validate(tree)
+
+
 def recipes() -> dict[str, str]:
     """Names of the recipes that come with Heliostat, with their descriptions."""
     folder = resources.files("cluster") / "recipes"
@@ -129,14 +141,20 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     path = resources.files("cluster") / "recipes" / f"{recipe}.yaml"
     if not path.is_file():
         known = [f.name[:-5] for f in (resources.files("cluster") / "recipes").iterdir()]
-        raise ConfigError(f"no recipe {recipe!r}{_nearest(recipe, known)}; see `heliostat recipes`")
+        raise ConfigError(f"no recipe {recipe!r}{nearest(recipe, known)}; see `heliostat recipes`")
     return _parse(path.read_bytes(), recipe)
 
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML that loads again."""
-    tree = config.model_dump(mode="json", exclude={"fresh"})
-    text: str = yaml.dump(tree, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+    return to_yaml(config.model_dump(mode="json", exclude={"fresh"}))
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """Plain data as a recipe reads it."""
+    text: str = yaml.dump(
+        dict(tree), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=100
+    )
     return text
 
 
@@ -148,6 +166,18 @@ def dotted_keys(schema: type[BaseModel] = RunConfig, prefix: str = "") -> Iterat
             yield prefix + name
         for model in models:
             yield from dotted_keys(model, f"{prefix}{name}.")
+
+
+def value(text: str, label: str) -> Any:
+    """What a recipe would read in some text: a number, a list, a word.
+
+    Raises:
+        ConfigError: naming the label.
+    """
+    try:
+        return _read_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{label}: {error}") from None
 
 
 def _parse_file(path: Path) -> dict[str, Any]:
@@ -165,6 +195,7 @@ def _parse_file(path: Path) -> dict[str, Any]:
 def _parse(raw: bytes, label: str) -> dict[str, Any]:
     try:
         tree = _read_yaml(raw.decode("utf-8"))
+        tree = _undotted(tree) if isinstance(tree, dict) else tree
     except UnicodeDecodeError:
         raise ConfigError(f"{label} is not UTF-8: save it as UTF-8") from None
     except ConfigError as error:
@@ -197,13 +228,27 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = _read_yaml(text)
     except ConfigError as error:
         raise ConfigError(f"override {override[:80]!r}: {error}") from None
-    node = tree
-    for part in parts[:-1]:
-        child = node.setdefault(part, {})
+    _set(tree, key, value)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{key}: {part} is a value, not a section")
-        node = child
-    node[parts[-1]] = value
+            raise ConfigError(f"{key}: {section} is a value, not a section")
+        tree = child
+    tree[leaf] = value
+
+
+def _undotted(tree: dict[str, Any]) -> dict[str, Any]:
+    """Keys such as `train.steps` in their sections, over what those say."""
+    dotted = {key: tree.pop(key) for key in list(tree) if "." in key}
+    for key, value in dotted.items():
+        if not all(key.split(".")):
+            raise ConfigError(f"key {key!r} is not of the form section.key")
+        _set(tree, key, value)
+    return tree
 
 
 def _derive_kinds(tree: dict[str, Any]) -> None:
@@ -232,7 +277,7 @@ def _explain(problem: Any) -> str:
         known = [*RunConfig.model_fields, *dotted_keys()]
         if key in known:
             return f"{key} belongs to another family than this recipe's"
-        return f"unknown key {key}{_nearest(key, known)}"
+        return f"unknown key {key}{nearest(key, known)}"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     if problem["type"] == "json_invalid":
@@ -269,9 +314,16 @@ def section_classes(annotation: Any) -> list[type[BaseModel]]:
     return [m for arg in get_args(annotation) for m in section_classes(arg)]
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: list[str]) -> str:
+    """` (did you mean ...?)` where one of them is close, else nothing."""
     leaf = word.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6) or [
-        k for k in known if difflib.SequenceMatcher(None, leaf, k.rsplit(".", 1)[-1]).ratio() > 0.8
-    ]
+    close = (
+        [k for k in known if k.endswith(f".{word}")]  # the section was left out
+        or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+        or [
+            k
+            for k in known
+            if difflib.SequenceMatcher(None, leaf, k.rsplit(".", 1)[-1]).ratio() > 0.8
+        ]
+    )
     return f" (did you mean {close[0]}?)" if close else ""

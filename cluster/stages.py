@@ -26,6 +26,8 @@ class Stage:
     sections: tuple[str, ...]
     """Config keys that its result depends on."""
     help: str
+    enabled_by: str | None = None
+    """Key that must be true for `up` to run it beside others."""
 
 
 STAGES: tuple[Stage, ...] = (
@@ -36,6 +38,15 @@ STAGES: tuple[Stage, ...] = (
         "corpus",
         ("family", "seed", "data"),
         "Clean, deduplicate, tokenise and pack raw data into a corpus.",
+    ),
+    Stage(
+        "tune",
+        "tune.search",
+        "corpus",
+        "study",
+        ("family", "seed", "model", "train", "tune"),
+        "Search for better settings over runs of pretrain.",
+        enabled_by="tune.enabled",
     ),
     Stage(
         "pretrain",
@@ -127,8 +138,8 @@ def _of(store: Store, identity: str) -> Artifact:
 def relevant(stage: Stage, tree: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a resolved config that a stage's result depends on, dotted and flat."""
     operational = set(_operational(RunConfig))
-    flat = _flat({section: tree.get(section) for section in stage.sections})
-    return {key: value for key, value in flat if key not in operational}
+    known = flat({section: tree.get(section) for section in stage.sections})
+    return {key: value for key, value in known.items() if key not in operational}
 
 
 def fingerprint(
@@ -146,6 +157,11 @@ def fingerprint(
 
 def resolved(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value."""
+    return dict(_flat(tree))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -128,7 +128,7 @@ class Gauges:
             self._gauges[key].set(row[key], tags=self._tags)
 
 
-def start_board(options: Mapping[str, Any] | None = None) -> Any:
+def start_board(options: Mapping[str, Any] | None = None, kind: type[Board] = Board) -> Any:
     """A Ray actor that holds a `Board`; workers call `put.remote`, the driver `since.remote`.
 
     It lives on the driver's node: a run outlives the loss of any other.
@@ -137,5 +137,5 @@ def start_board(options: Mapping[str, Any] | None = None) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(Board)
+    actor = ray.remote(num_cpus=0, max_restarts=0, scheduling_strategy=here)(kind)
     return actor.options(**(options or {})).remote()

@@ -19,6 +19,7 @@ KEY = "loss"
 """Figure that every row has; its history tells which steps are logged."""
 BATCH = {"metrics": 1000, "params": 100}
 """Entries that an MLflow server takes in one request."""
+PARENT_TAG = "mlflow.parentRunId"
 LONGEST_PARAM = 500
 PAGE = 25_000
 """Points of a history that are asked for at once."""
@@ -33,13 +34,16 @@ class Tracking:
     Args:
         experiment: name, made on first use.
         run: name of the run in it.
+        parent: run that MLflow shows it below.
 
     Raises:
         HeliostatError: from every method, if MLflow cannot be reached or refuses.
     """
 
-    def __init__(self, uri: str, experiment: str, run: str) -> None:
-        self.uri, self._experiment, self._run = uri, experiment, run
+    def __init__(
+        self, uri: str, experiment: str, run: str, parent: "Tracking | None" = None
+    ) -> None:
+        self.uri, self._experiment, self._run, self._parent = uri, experiment, run, parent
 
     def begin(self, params: Mapping[str, Any]) -> None:
         """Find the run or make it; it is running from now on."""
@@ -108,7 +112,9 @@ class Tracking:
         )
         if found:
             return str(found[0].info.run_id), False
-        return str(self._client.create_run(experiment, run_name=self._run).info.run_id), True
+        tags = {PARENT_TAG: self._parent._id} if self._parent else {}
+        made = self._client.create_run(experiment, run_name=self._run, tags=tags)
+        return str(made.info.run_id), True
 
     @property
     def _id(self) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from cluster import doctor, lease, progress, telemetry
+from cluster import doctor, lease, loading, progress, telemetry
 from cluster.config import RunConfig
 from cluster.errors import ConfigError, HeliostatError, StorageError, TrainingError
 from cluster.journal import Journal
@@ -18,10 +18,11 @@ from cluster.stages import BY_VERB, StageResult, fingerprint, relevant, required
 from cluster.storage import Artifact, Store
 from cluster.tracking import Status, Tracker, Tracking
 from pipelines.data.corpus import Corpus
-from pipelines.training import checkpoint, elastic, stream, zero
+from pipelines.training import checkpoint, elastic, heldout, stream, zero
 from pipelines.training.diary import Suspects
 from pipelines.training.forecast import compared
 from pipelines.training.loop import TrainJob, train
+from pipelines.training.turns import train_in_turn
 from pipelines.training.watchdog import Deaths, Watchdog, asked_to_stop, stoppable
 
 FOLLOW_SECONDS = 0.5
@@ -52,10 +53,38 @@ def run(config: RunConfig) -> StageResult:
 
 def _run(config: RunConfig, store: Store) -> StageResult:
     corpus = required("pretrain", store, config)
+    check_heldout(corpus, config)
     job = _job(store, corpus, config)
     began = time.monotonic()
+    launch(job, config, store)
+    elastic.discard(store, config.name, job.run)
+    return _result(store, config, time.monotonic() - began)
+
+
+def check_heldout(corpus: Artifact, config: RunConfig) -> None:
+    """
+    Raises:
+        UsageError: if the run is to look at held-out rows and the corpus has none.
+    """
+    if config.train.heldout_every:
+        heldout.chosen(Corpus(corpus), 1)
+
+
+def launch(job: TrainJob, config: RunConfig, store: Store, board: Any = None) -> None:
+    """Run the workers of a job to its end, from wherever it stands.
+
+    Args:
+        board: of a trial that is watched (`trial.Gate`), whose figures are its watcher's to keep;
+            None makes one.
+
+    Raises:
+        CapacityError: if the cluster cannot hold the workers.
+        ClusterError: if its nodes do not fit together.
+        TrainingError: if the run failed more often than `train.max_failures` allows.
+    """
     with session(config) as joined:
-        doctor.before(joined)
+        if board is None:  # else whoever watches has looked at the nodes
+            doctor.before(joined)
         check_capacity(
             joined,
             workers=config.train.world_sizes[0],
@@ -69,15 +98,14 @@ def _run(config: RunConfig, store: Store) -> StageResult:
         _reshard(job, config, store)
         if streamed:
             stream.say(store, job, config)
-        board = telemetry.start_board()
-        with _followed(board, store, job.run, config):
+        tracked = board is None
+        board = telemetry.start_board() if board is None else board
+        with _followed(board, store, job.run, config, tracked=tracked):
             stoppable(
                 lambda: _fit(replace(job, board=board), config, joined, store),
                 lambda: _asked_to_stop(board),
                 config.train.grace_seconds,
             )
-    elastic.discard(store, config.name, job.run)
-    return _result(store, config, time.monotonic() - began)
 
 
 def _job(store: Store, corpus: Artifact, config: RunConfig) -> TrainJob:
@@ -141,6 +169,7 @@ def _fit(job: TrainJob, config: RunConfig, joined: Session, store: Store) -> Non
 
     settings = config.train
     gpu = joined.gpus > 0
+    share = config.tune.gpus_per_worker if job.trial else 1
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
@@ -149,7 +178,7 @@ def _fit(job: TrainJob, config: RunConfig, joined: Session, store: Store) -> Non
             use_gpu=gpu,
             resources_per_worker={
                 "CPU": settings.threads_per_worker,
-                **({"GPU": 1} if gpu else {}),
+                **({"GPU": share} if gpu else {}),
             },
             label_selector=settings.labels or None,
         ),
@@ -232,7 +261,11 @@ def _vanished(error: Exception) -> bool:
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    return train(config["job"])
+    job: TrainJob = config["job"]
+    if job.trial is None:
+        return train(job)
+    train_in_turn(job.board, loading.validate(dict(job.config)))
+    return {}
 
 
 def _environment(threads: int, *, gpu: bool) -> dict[str, str]:
@@ -249,13 +282,15 @@ def _asked_to_stop(board: Any) -> bool:
 
 
 @contextmanager
-def _followed(board: Any, store: Store, run: str, config: RunConfig) -> Iterator[None]:
+def _followed(
+    board: Any, store: Store, run: str, config: RunConfig, *, tracked: bool = True
+) -> Iterator[None]:
     """Show the workers' figures and watch their signs of life while the main thread waits."""
     stop = threading.Event()
     watchdog = Watchdog(board, store, run, config.train.hang_seconds)
     gauges = telemetry.Gauges(run, config.name)
     with (
-        _tracked(store, run, config) as track,
+        _tracked(store, run, config, on=tracked) as track,
         progress.bar("pretrain", config.train.steps, "steps") as bar,
     ):
 
@@ -294,9 +329,12 @@ def _followed(board: Any, store: Store, run: str, config: RunConfig) -> Iterator
 
 @contextmanager
 def _tracked(
-    store: Store, run: str, config: RunConfig
+    store: Store, run: str, config: RunConfig, *, on: bool
 ) -> Iterator[Callable[[Sequence[telemetry.Row]], None]]:
     """What takes rows to MLflow, where there is one for this storage root."""
+    if not on:
+        yield lambda rows: None
+        return
     try:
         tracking = Tracking(registry_uri(store, config), config.name, run)
     except ConfigError as error:

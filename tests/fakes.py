@@ -47,6 +47,8 @@ class Stages:
     stay: Callable[[], None] | None = None
     """What holds the service open."""
     figure: float = 1.0
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """What the search finds."""
     refused: str | None = None
     """Why serve's check refuses; None where it does not."""
 
@@ -78,6 +80,7 @@ class Stages:
             config=resolved(config),
             fingerprint=fingerprint(stage, config, source, inputs),
             metrics={"figure": self.figure},
+            detail={"overrides": dict(self.overrides)},
             complete=not resting,
         )
         if resting:

@@ -104,7 +104,7 @@ def _run(
     Watched.marks = []
     error = ""
     with (
-        patch.object(loop, "_join_world", lambda _: world),
+        patch.object(loop, "join_world", lambda _: world),
         patch.object(loop, "Engine", Watched),
         patch.object(loop.families, "load", lambda _: Spoiled(world.rank, factors, ranks)),
     ):

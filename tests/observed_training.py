@@ -126,7 +126,7 @@ class Scripted:
     """An engine whose losses are written down: they fall, but for two that are not finite and then
     two that leap up. Its state is slow to write in a run of one step."""
 
-    precision = "fp32"
+    precision, parameters = "fp32", 7
     SKIPPED, LEAPS = (22, 23), (25, 26)
 
     def __init__(self, config: RunConfig, *rest: Any) -> None:
@@ -159,7 +159,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     try:
         with patched() as patch:
             patch.setattr(loop, "Engine", Scripted)
-            patch.setattr(loop, "_join_world", lambda config: world)
+            patch.setattr(loop, "join_world", lambda config: world)
             patch.setattr(elastic, "restore", lambda engine, artifact: None)
             end = f"step {loop.train(job)['step']}"
     except HeliostatError as error:

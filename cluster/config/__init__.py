@@ -22,6 +22,7 @@ from cluster.config.stages import (
     StorageSection,
 )
 from cluster.config.train import TrainSection
+from cluster.config.tune import TuneSection
 from cluster.errors import ConfigError
 
 # family -> the data and model kinds that it works with
@@ -49,6 +50,7 @@ class RunConfig(Section):
     data: Data
     model: Model
     train: TrainSection = TrainSection()
+    tune: TuneSection = TuneSection()
     evaluate: EvaluateSection = EvaluateSection()
     publish: PublishSection = PublishSection()
     registry: RegistrySection = RegistrySection()
@@ -173,4 +175,5 @@ __all__ = [
     "ServeSection",
     "TextData",
     "TrainSection",
+    "TuneSection",
 ]

@@ -115,6 +115,12 @@ class TrainSection(Section):
     mix: dict[str, Annotated[float, Field(ge=0, le=1000)]] = {}
     """How often an epoch passes over a source, by its name in `data.sources`; 1 for those that are
     not named. 0.5 is another half in each epoch."""
+    heldout_every: Annotated[int, OPERATIONAL, Field(ge=0)] = 0
+    """Steps between two looks at held-out rows, whose loss goes to the figures of the run; 0 does
+    without. Training is the same either way."""
+    heldout_rows: Annotated[Positive, OPERATIONAL] = 512
+    """Rows of such a look: every second held-out row, from the start of the split. A search
+    compares by these, and confirms by the others."""
     checkpoint_every: Annotated[Positive, OPERATIONAL] = 200
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[Positive, OPERATIONAL] = 2

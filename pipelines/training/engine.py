@@ -87,6 +87,12 @@ class Engine:
         return self._engine
 
     @property
+    def parameters(self) -> int:
+        """Numbers that the model learns, over all ranks."""
+        # ZeRO stage 3 leaves empty shells, which know their size.
+        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.module.parameters())
+
+    @property
     def module(self) -> torch.nn.Module:
         module: torch.nn.Module = self._engine.module
         return module
@@ -194,8 +200,12 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Restore from the files that `snapshot` named; `folder` holds them below `state/`."""
+        asked_for = [_settings(group) for group in self._engine.optimizer.param_groups]
         path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+        # The file holds the settings of the run that saved it; another may go on from there.
+        for group, settings in zip(self._engine.optimizer.param_groups, asked_for, strict=True):
+            group.update(settings)
 
     def close(self) -> None:
         self._engine.destroy()
@@ -245,6 +255,11 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What the config says about a group of parameters; the rate is the schedule's."""
+    return {key: group[key] for key in ("weight_decay", "betas", "eps") if key in group}
 
 
 def _build_model(

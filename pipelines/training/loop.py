@@ -19,7 +19,7 @@ from cluster.telemetry import Row
 from pipelines import families
 from pipelines.data.corpus import Corpus
 from pipelines.families.base import Batch, Family
-from pipelines.training import elastic, guard
+from pipelines.training import elastic, folds, guard, heldout
 from pipelines.training.agreement import agreed
 from pipelines.training.checkpoint import (
     CheckpointWriter,
@@ -32,12 +32,22 @@ from pipelines.training.checkpoint import (
 )
 from pipelines.training.diary import Diary, Suspects
 from pipelines.training.engine import Engine, StepOutcome, World
+from pipelines.training.folds import Fold
 from pipelines.training.forecast import STEPS, Forecast
 from pipelines.training.guard import Verdict
+from pipelines.training.heldout import HeldOut
 from pipelines.training.meter import Clock, Rates, peak_memory, peak_of
-from pipelines.training.sampler import RowReader, Sample, order_of, prefetched, share
+from pipelines.training.sampler import (
+    GlobalOrder,
+    RowReader,
+    Sample,
+    order_of,
+    prefetched,
+    share,
+)
 from pipelines.training.schedule import learning_rate
 from pipelines.training.stream import StreamSource
+from pipelines.training.trial import Trial, asked, at_step
 from pipelines.training.watchdog import Preempted, Pulse
 from pipelines.training.zero import micro_batch
 
@@ -60,24 +70,39 @@ class TrainJob:
     fingerprint: str
     board: Any = None
     """Actor handle of `telemetry.Board`; None keeps the figures to the worker."""
+    trial: Trial | None = None
+    """Where it is one of a search; then the board is a `trial.Gate`."""
+    fold: Fold | None = None
+
+    def last_step(self, config: RunConfig) -> int:
+        """Where it ends: before the schedule does, where a search tries it out."""
+        return min(config.train.steps, self.trial.steps if self.trial else config.train.steps)
 
 
 def train(job: TrainJob) -> dict[str, Any]:
-    """Train from the newest checkpoint of the run to its last step.
+    """Train from the newest checkpoint of the run to its last step; once per fold where it has any.
 
     Returns:
-        `{"step", "seconds"}`: where it ended.
+        `{"step", "seconds", "whole"}`: where it ended, and whether that is its last step.
 
     Raises:
         TrainingError: where the guard stops the run, naming step and documents.
         Preempted: if a worker was told to end; the step is committed.
     """
+    if job.trial is not None and job.trial.folds and job.fold is None:
+        for number in range(job.trial.folds):
+            fold = Fold(number, job.trial.folds, job.trial.fold_seed)
+            ended = train(replace(job, fold=fold, run=f"{job.run}-fold{number}"))
+            if not ended["whole"]:
+                break
+        return ended
     config = loading.validate(dict(job.config))
     store = Store(job.root)
     corpus = Corpus(store.artifact("corpus", *job.corpus))
     family = families.load(config.family)
-    world = _join_world(config)
-    forecast = _forecast(config, family, corpus, world)
+    world = join_world(config)
+    # A trial is to say how good its settings are, and says nothing of the machine.
+    forecast = None if job.trial else _forecast(config, family, corpus, world)
     engine = Engine(config, family, corpus.facts, world)
     lineage = Lineage(
         config.name,
@@ -89,20 +114,24 @@ def train(job: TrainJob) -> dict[str, Any]:
         config.train.keep_best,
     )
     writer = CheckpointWriter(store, lineage, world, config.train.save_timeout_seconds)
-    start = restore(store, lineage, engine)
+    start = restore(store, lineage, engine, job.trial.start if job.trial else None)
     diary = Diary(Journal(store, job.run), Suspects(config, corpus), writes=world.first)
     diary.tell("launch", step=start.step, workers=world.size)
-    source = StreamSource if config.train.input == "stream" else BatchSource
-    batches = source(config, family, corpus, world)
+    if config.train.input == "stream":
+        batches: BatchSource | StreamSource = StreamSource(config, family, corpus, world)
+    else:
+        batches = BatchSource(config, family, corpus, world, job.fold)
     rates = _rates(config, family, corpus, world, diary.began)
     try:
         with Pulse.of(job.board, world, start.step) as pulse:
             board = _Board(job.board, world)
             parts = (engine, batches, writer, diary, pulse, rates, board, forecast)
-            end = _Run(config, store, lineage, *parts).to_the_end(start)
+            measured = _heldout(config, family, corpus, world, job)
+            end = _Run(config, store, lineage, *parts, job, measured).to_the_end(start)
     finally:
         engine.close()
-    return {"step": end.step, "seconds": end.seconds}
+    whole = end.step == job.last_step(config)
+    return {"step": end.step, "seconds": end.seconds, "whole": whole}
 
 
 @dataclass
@@ -120,12 +149,16 @@ class _Run:
     rates: Rates
     board: _Board
     forecast: Forecast | None
+    job: TrainJob
+    heldout: HeldOut | None
     shift: int = 0
     """Batches that were left out: step n takes batch n + shift."""
     compared_at: int = 0
     """Step after which the figures are held against the forecast."""
     save_seconds: float = 0.0
     """That the last checkpoint held training up."""
+    saved: int = -1
+    """Step of the newest checkpoint that this launch has begun."""
 
     def to_the_end(self, start: Progress) -> Progress:
         """To the last step, or until the driver wants it to end."""
@@ -147,17 +180,23 @@ class _Run:
     def _steps(self, start: Progress) -> tuple[Progress, Verdict]:
         """The loop itself: take a batch, step, record, judge, now and then save."""
         train, clock, verdict = self.config.train, Clock(), Verdict("go")
-        at = replace(start, history=list(start.history))
-        for step, micro_batches in self.batches.between(start.step, train.steps, self.shift):
+        at, last = replace(start, history=list(start.history)), self.job.last_step(self.config)
+        if self.job.trial and at.history and "heldout_loss" in at.history[-1]:
+            verdict = self._at_the_gate(at)  # whoever watches it may not have heard of this step
+            last = at.step if verdict.action == "end" else last
+        for step, micro_batches in self.batches.between(start.step, last, self.shift):
             clock.data_is_there()
             outcome = self._step(step, micro_batches)
             at = self._recorded(at, outcome, clock)
             verdict = self._judged(at, outcome)
             if verdict.action in ("stop", "rewind"):
                 break
-            due = at.step == train.steps or at.step % train.checkpoint_every == 0
+            due = at.step == last or at.step % train.checkpoint_every == 0
             if due or verdict.action == "end":
                 self._save(at)
+                clock.restart()
+            if verdict.action == "go" and self.job.trial and "heldout_loss" in at.history[-1]:
+                verdict = self._at_the_gate(at)
                 clock.restart()
             if verdict.action == "end":
                 break
@@ -192,9 +231,38 @@ class _Run:
             row |= self.forecast.row()
         at.history.append(row)
         row["spike"] = float(guard.spikes(self.config.train, at.history))
+        if self._looks_at(at.step + 1):
+            row["heldout_loss"] = self._measured()
+            clock.restart()
         self.board.put(row)
         self.pulse.done(at.step + 1, own=waited + outcome.own_seconds, seconds=seconds)
         return replace(at, step=at.step + 1, seconds=counted)
+
+    def _looks_at(self, step: int) -> bool:
+        every = self.config.train.heldout_every
+        return bool(every) and (step % every == 0 or step == self.job.last_step(self.config))
+
+    def _measured(self) -> float:
+        assert self.heldout is not None
+        self.pulse.at("save")  # as long as a checkpoint, and no hang
+        return self.heldout.loss(self.engine)
+
+    def _at_the_gate(self, at: Progress) -> Verdict:
+        """Wait to hear how a trial goes on."""
+        self.pulse.at("save")
+        message: dict[str, Any] = at_step(at, self.job, self.engine)
+        while True:
+            answer = asked(self.job.board, message, self.engine.world)
+            if answer != "save":
+                break
+            if self.saved != at.step:
+                self._save(at)
+            self.writer.wait()
+            found = of_run(self.store, self.lineage.name, self.lineage.run)
+            place = [found[0].name, found[0].version] if found else None
+            message = {"step": message["step"], "checkpoint": place}
+        self.pulse.at("data")
+        return Verdict("go") if answer == "go" else Verdict("end", "ended_by_search")
 
     def _judged(self, at: Progress, outcome: StepOutcome) -> Verdict:
         verdict = guard.judge(self.config.train, at.history)
@@ -211,6 +279,7 @@ class _Run:
         self.engine.average_buffers()
         self.writer.save(self.engine, at, complete=at.step == self.config.train.steps)
         self.save_seconds = time.monotonic() - began
+        self.saved = at.step
         self.pulse.at("data")
 
     def _ended(self, at: Progress, verdict: Verdict) -> Progress:
@@ -248,6 +317,21 @@ def _forecast(config: RunConfig, family: Family, corpus: Corpus, world: World) -
     return None
 
 
+def _heldout(
+    config: RunConfig, family: Family, corpus: Corpus, world: World, job: TrainJob
+) -> HeldOut | None:
+    """What the run is measured on while it trains, where it is."""
+    if not config.train.heldout_every:
+        return None
+    rows = config.train.heldout_rows
+    if job.fold is not None:
+        _, out = folds.rows_of(corpus, job.fold)
+        return HeldOut(config, family, corpus, world, out[:rows].tolist(), "train")
+    confirm = job.trial is not None and job.trial.confirm
+    ids = heldout.chosen(corpus, rows, confirm=confirm)
+    return HeldOut(config, family, corpus, world, ids)
+
+
 def _rates(config: RunConfig, family: Family, corpus: Corpus, world: World, began: float) -> Rates:
     flops = family.flops_per_prediction(config, corpus.facts)
     return Rates(world.size, flops, peak_of(world.device), began)
@@ -267,11 +351,16 @@ class BatchSource:
     family: Family
     corpus: Corpus
     world: World
+    fold: Fold | None = None
 
     def __post_init__(self) -> None:
         train = self.config.train
         groups = self.corpus.row_groups("train")
-        self.order = order_of(groups, self.config)
+        if self.fold is None:
+            self.order: GlobalOrder | folds.Subset = order_of(groups, self.config)
+        else:
+            ids, _ = folds.rows_of(self.corpus, self.fold)
+            self.order = folds.Subset(ids, groups.sizes, self.config.seed, train.shuffle_window)
         self._reader = RowReader(groups, keep=2 * train.shuffle_window)
         self._taken: dict[int, list[Sample]] = {}
 
@@ -329,7 +418,7 @@ class _Board:
         self._rows, self._sent = [], time.monotonic()
 
 
-def _join_world(config: RunConfig) -> World:
+def join_world(config: RunConfig) -> World:
     import ray.train
     import ray.train.torch
     import torch
@@ -341,21 +430,30 @@ def _join_world(config: RunConfig) -> World:
     return World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
 
-def restore(store: Store, lineage: Lineage, engine: Engine) -> Progress:
-    """Rank 0 chooses the newest good checkpoint, all ranks load it."""
+def restore(
+    store: Store, lineage: Lineage, engine: Engine, other: tuple[str, int] | None = None
+) -> Progress:
+    """Rank 0 chooses the newest good checkpoint, all ranks load it.
+
+    Args:
+        other: name and version of a checkpoint to begin with, where the run has none of its own.
+    """
     import torch.distributed as dist
 
-    chosen: list[int | None] = [None]
+    chosen: list[tuple[str, int] | None] = [other]
     with agreed(engine.world):
         if engine.world.first:
             found = newest(store, lineage.name, lineage.run)
             if found is not None:
+                chosen = [(found.name, found.version)]
+            elif other is not None:
+                found = store.artifact("checkpoint", *other)
+            if found is not None:
                 check_parent(found, lineage.parent)
-                chosen = [found.version]
     dist.broadcast_object_list(chosen, src=0, device=engine.world.device)
     if chosen[0] is None:
         return Progress(0, 0.0, [])
-    artifact: Artifact = store.artifact("checkpoint", lineage.name, chosen[0])
+    artifact: Artifact = store.artifact("checkpoint", *chosen[0])
     elastic.restore(engine, artifact)
     return progress_of(artifact)
 

@@ -17,7 +17,8 @@ from cluster.stages import BY_VERB, STAGES, fingerprint, resolved
 from cluster.storage import Store
 from tests import fakes
 
-VERBS = [stage.verb for stage in STAGES]
+VERBS = [stage.verb for stage in STAGES if stage.enabled_by is None]
+"""What `up` runs of a recipe that wants no search."""
 
 
 @pytest.fixture
@@ -44,11 +45,13 @@ def test_between_bounds_the_chain() -> None:
     def verbs(first: str | None, last: str | None) -> list[str]:
         return [stage.verb for stage in between(first, last)]
 
-    assert verbs(None, None) == VERBS
+    assert verbs(None, None) == [stage.verb for stage in STAGES]
     assert verbs("evaluate", None) == VERBS[2:]
-    assert verbs(None, "pretrain") == VERBS[:2]
+    assert verbs(None, "pretrain") == ["prepare", "tune", "pretrain"]
     assert verbs("publish", "publish") == ["publish"]
-    with pytest.raises(UsageError, match="no stage 'trian': the stages are prepare, pretrain"):
+    with pytest.raises(
+        UsageError, match="no stage 'trian': the stages are prepare, tune, pretrain"
+    ):
         between("trian", None)
     with pytest.raises(UsageError, match="no stage ''"):
         between(None, "")
@@ -198,3 +201,36 @@ def test_names_do_not_share_artifacts(stages: fakes.Stages, tmp_path: Path) -> N
     execute(STAGES, fakes.config(root=tmp_path))
     other = fakes.config("gpt-demo", "name=gpt-demo-2", root=tmp_path)
     assert set(actions(other).values()) == {"run"}
+
+
+SEARCH = "tune.space.train.learning_rate=loguniform(1e-4, 1e-2)"
+
+
+def test_a_search_runs_only_where_the_config_wants_one(
+    stages: fakes.Stages, tmp_path: Path
+) -> None:
+    plain, tuned = (
+        fakes.config("gpt-demo", f"tune.enabled={on}", SEARCH, root=tmp_path / on)
+        for on in ("false", "true")
+    )
+    assert "tune" not in [row.stage for row in execute(STAGES, plain)]
+    assert [row.stage for row in execute(STAGES, tuned)][:3] == ["prepare", "tune", "pretrain"]
+    alone = execute(between("tune", "tune"), plain)
+    assert [row.stage for row in alone] == ["tune"]
+
+
+def test_what_a_search_found_is_what_is_trained(stages: fakes.Stages, tmp_path: Path) -> None:
+    stages.overrides = {"train.learning_rate": 0.009}
+    tuned = fakes.config("gpt-demo", "tune.enabled=true", SEARCH, root=tmp_path)
+    assert dict(plan(STAGES, tuned, open_store(tuned)))["pretrain"].action == "run"
+    execute(STAGES, tuned)
+    made = open_store(tuned).latest("checkpoint", tuned.name)
+    assert made is not None and made.manifest.config["train"]["learning_rate"] == 0.009
+    assert {row.status for row in execute(STAGES, tuned)[:-1]} == {"skipped"}
+
+
+def test_training_waits_for_the_search_that_it_wants(stages: fakes.Stages, tmp_path: Path) -> None:
+    tuned = fakes.config("gpt-demo", "tune.enabled=true", SEARCH, root=tmp_path)
+    execute(between("prepare", "prepare"), tuned)
+    with pytest.raises(UsageError, match="run `heliostat tune` first, or give tune.enabled=false"):
+        execute(between("pretrain", "pretrain"), tuned)

@@ -278,3 +278,24 @@ def test_what_is_printed_loads_as_the_same_config(
 def test_another_kind_than_the_familys_is_one_mistake() -> None:
     with pytest.raises(ConfigError, match="needs data.kind text, not image"):
         loading.load("gpt-demo", ["data.kind=image"])
+
+
+def test_dotted_keys_of_a_recipe_go_over_its_sections(tmp_path: Path) -> None:
+    path = tmp_path / "best.yaml"
+    path.write_text(
+        "train.learning_rate: 0.5\nname: best\n"
+        "family: causal_lm\ndata: {sources: [docs]}\ntrain: {steps: 70, learning_rate: 0.1}\n"
+    )
+    config = loading.load(str(path), ["train.steps=80"])
+    assert (config.train.learning_rate, config.train.steps) == (0.5, 80)
+    path.write_text("family: causal_lm\ntrain..steps: 1\n")
+    with pytest.raises(ConfigError, match=r"key 'train\.\.steps' is not of the form"):
+        loading.load(str(path))
+
+
+def test_a_changed_config_is_checked_like_any_other() -> None:
+    config = loading.load("gpt-demo", [])
+    assert loading.changed(config, {"train.steps": 99}).train.steps == 99
+    assert config.train.steps != 99
+    with pytest.raises(ConfigError, match="unknown key train.stepps .did you mean train.steps"):
+        loading.changed(config, {"train.stepps": 99})

@@ -13,6 +13,7 @@ from cluster.errors import ConfigError
 from tests import observed_data as data
 from tests import observed_service as service
 from tests import observed_training as training
+from tests import observed_tuning as tuning
 
 ROOT = Path(__file__).parents[2]
 IMAGES = "image_classifier"
@@ -45,6 +46,10 @@ STAGE_3 = (*SHORT, "train.zero_stage=3")
 ON_DISK = (*STAGE_3, "train.offload_optimizer=nvme", "train.nvme_path=/disk")
 FP16 = (*STAGE_3, "train.precision=fp16")
 FOLLOWING = ("serve.replicas=[1, 3]",)
+RATE = "train.learning_rate: 'loguniform(1e-3, 1e-1)'"
+SEARCH = (*FEW, f"tune.space={{{RATE}}}", "train.steps=200")
+PBT = (*SEARCH, "tune.search=random", "tune.scheduler=pbt")
+MONEY = (*SEARCH, "tune.money=3", "tune.price_per_hour=2")
 SAMPLES = ("evaluate.sample_tokens=8",)
 SMALL_IMAGES = ("data.image_size=8", "data.heldout_fraction=0.3")
 PLAIN_IMAGES = ("data.shift=0", "data.rotate=0")
@@ -165,6 +170,39 @@ CASES = (
     Case("train.spike_steps", "1", training.run_events, LOOP),
     Case("train.hang_seconds", "60", training.replaced_workers, FEW),
     Case("train.grace_seconds", "0", training.committed_after_interrupt, FEW),
+    Case("train.heldout_every", "20", tuning.looks, LOOP),
+    Case("train.heldout_rows", "3", tuning.looks, (*LOOP, "train.heldout_every=20")),
+    # tune
+    Case("tune.enabled", "true", tuning.stages, SEARCH),
+    Case("tune.space", "{model.layers: [1, 2]}", tuning.points, SEARCH),
+    Case("tune.space", f"{{{RATE}, model.layers: [1, 2]}}", tuning.chosen, SEARCH),
+    Case(
+        "tune.objectives",
+        "{loss: min, predictions_per_second: max}",
+        tuning.directions,
+        (*SEARCH, "tune.scheduler=none"),
+    ),
+    Case("tune.search", "grid", tuning.chosen, SEARCH),
+    Case("tune.search", "random", tuning.chosen, SEARCH),
+    Case("tune.grid_points", "4", tuning.points, SEARCH),
+    Case("tune.scheduler", "median", tuning.ends, SEARCH),
+    Case("tune.scheduler", "pbt", tuning.ends, (*SEARCH, "tune.search=random")),
+    Case("tune.trials", "3", tuning.chosen, SEARCH),
+    Case("tune.steps", "50", tuning.trials, SEARCH),
+    Case("tune.report_every", "7", tuning.trials, SEARCH),
+    Case("tune.heldout_rows", "3", tuning.trials, SEARCH),
+    Case("tune.grace", "0.5", tuning.ends, SEARCH),
+    Case("tune.reduction", "2", tuning.ends, SEARCH),
+    Case("tune.perturb_every", "33", tuning.ends, PBT),
+    Case("tune.concurrent", "1", tuning.at_once, SEARCH),
+    Case("tune.gpus_per_worker", "0.5", tuning.at_once, (*SEARCH, "train.workers=1")),
+    Case("tune.gpus_per_worker", "0.5", tuning.resources, (*SEARCH, "train.workers=1")),
+    Case("tune.seconds", "100", tuning.budget, SEARCH),
+    Case("tune.tokens", "1000", tuning.budget, SEARCH),
+    Case("tune.money", "5", tuning.budget, MONEY),
+    Case("tune.price_per_hour", "5", tuning.budget, MONEY),
+    Case("tune.confirm_seeds", "3", tuning.confirmed, SEARCH),
+    Case("tune.folds", "3", tuning.trials, SEARCH),
     # evaluate, publish
     Case("evaluate.max_rows", "2", service.metrics, SAMPLES),
     Case("evaluate.batch", "2", service.measured_at_once, SAMPLES),

@@ -84,6 +84,12 @@ OTHER: dict[str, Any] = {
     "train.augment.mask": 0.1,
     "train.augment.replace": 0.1,
     "train.augment.noise": 0.1,
+    "tune.objectives.heldout_loss": "max",
+    "tune.search": "grid",
+    "tune.scheduler": "median",
+    "tune.grace": 0.3,
+    "tune.gpus_per_worker": 0.5,
+    "tune.folds": 3,
 }
 # Keys that are refused alone: what the rest of the config must say, before and after the change.
 TOGETHER: dict[str, dict[str, Any]] = {
@@ -92,6 +98,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "train.zero_plus_plus.quantized_weights": {"train": {"zero_stage": 3, "precision": "bf16"}},
     "train.zero_plus_plus.quantized_gradients": {"train": {"zero_stage": 3, "precision": "fp16"}},
     "train.augment.mask": {"data": {"tokenizer": {"special_tokens": ["<|mask|>"]}}},
+    "tune.money": {"tune": {"price_per_hour": 2}},
 }
 # A path without an offload to it, or a family that has no use for the key, is refused outright.
 REFUSED = {
@@ -130,7 +137,8 @@ def default(family: str, key: str = "") -> RunConfig:
     """The defaults of the schema: recipes are tuned, and say nothing about keys."""
     besides = TOGETHER.get(key, {})
     data = {"sources": ["here"], **besides.get("data", {})}
-    tree = {"name": "demo", "family": family, "data": data, "train": besides.get("train", {})}
+    tree = {"name": "demo", "family": family, "data": data}
+    tree |= {section: besides.get(section, {}) for section in ("train", "tune")}
     return loading.validate(tree)
 
 

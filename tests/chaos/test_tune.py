@@ -1,0 +1,235 @@
+"""A search whose driver is killed goes on; folds, dying workers, money and time on a real Ray."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import loading
+from cluster.stages import BY_VERB, fingerprint, required
+from cluster.storage import Store
+from tests import trained
+from tests.corpora import counting_corpus
+from tests.hunting import training_workers
+from tests.tuning import attempts_of, searched, searching
+from tune import search
+from tune.ledger import Ledger
+
+PATIENCE_SECONDS = 300
+SPACE = "tune.space={train.learning_rate: 'loguniform(0.001, 0.1)'}"
+
+
+def started(recipe: Path, log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "cluster.cli", "tune", str(recipe)]
+    with log.open("ab") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+
+
+def test_a_search_whose_driver_is_killed_goes_on(tmp_path: Path) -> None:
+    """kill -9 while trials run; the same command ends the same study, of as many trials."""
+    root, recipe, log = tmp_path / "root", tmp_path / "recipe.yaml", tmp_path / "log"
+    overrides = (SPACE, "train.steps=200", "tune.report_every=20", "tune.trials=4", "ray.cpus=2")
+    config = searching(root, *overrides, "train.checkpoint_every=20")
+    recipe.write_text(loading.dump(config), "utf-8")
+    config = loading.load(str(recipe))
+    counting_corpus(config)
+    corpus = required("tune", Store(str(root)), config)
+    mark = fingerprint(BY_VERB["tune"], config, corpus, {})
+    book = Ledger(Store(str(root)), f"{config.name}-tune-{mark[:10]}")
+
+    driver = started(recipe, log)
+    try:
+        wait_for(lambda: any(len(a.rows) >= 3 for a in book.attempts()), driver, log)
+        before = {a.trial: a for a in book.attempts()}
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert Store(str(root)).latest("study", config.name) is None
+
+    again = started(recipe, log)
+    assert again.wait(PATIENCE_SECONDS) == 0, log.read_text("utf-8")[-3000:]
+    assert "tune: going on with" in log.read_text("utf-8")
+    made = Store(str(root)).latest("study", config.name)
+    assert made is not None
+    every = attempts_of(made)
+    assert len([a for a in every if a.role == "search"]) == 4
+    assert set(before) <= {a.trial for a in every}
+    for one in every:
+        old = before.get(one.trial)
+        assert old is None or old.values == one.values
+        # What was reported before the kill is what the continued run says of the same step.
+        told = {row["step"]: row["heldout_loss"] for row in (old.rows if old else [])}
+        assert [row["step"] for row in one.rows] == [20.0 * (n + 1) for n in range(len(one.rows))]
+        assert all(
+            row["heldout_loss"] == told.get(row["step"], row["heldout_loss"]) for row in one.rows
+        )
+
+
+def wait_for(there: Any, driver: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not there():
+        assert driver.poll() is None and time.monotonic() < deadline, log.read_text("utf-8")[-3000:]
+        time.sleep(0.2)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_folds_are_one_trials_inner_loop(root: Path) -> None:
+    config = trained.image_config(
+        root,
+        train={"steps": 8, "global_batch": 6, "warmup_steps": 1, "workers": 1, "zero_stage": 1},
+        tune={
+            "space": {"train.learning_rate": "choice[0.001, 0.01]"},
+            "folds": 3,
+            "trials": 2,
+            "report_every": 4,
+            "concurrent": 2,
+            "scheduler": "none",
+            "confirm_seeds": 1,
+        },
+    )
+    trained.corpus(config, trained.pictures(36), trained.pictures(8, seed=1))
+    made = search.run(config).artifact
+    assert made is not None
+    trials = [a for a in attempts_of(made) if a.role == "search"]
+    for one in trials:
+        assert [row["fold"] for row in one.rows] == [0, 0, 1, 1, 2, 2]
+        assert one.last["folds"] == 3 and one.last["heldout_deviation"] > 0
+    page = made.read_bytes("report.html").decode()
+    assert "±" in page
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_dying_worker_is_replaced_within_its_trial(root: Path) -> None:
+    import threading
+
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not killed and time.monotonic() < deadline:
+            book = Ledger(Store(str(root)), "")
+            folder = Path(book.folder).parents[1]
+            if any(folder.glob("*/trials/*.json")) and (workers := training_workers()):
+                workers[0].kill()
+                killed.append(workers[0].pid)
+            time.sleep(0.2)
+
+    config = searching(
+        root, SPACE, "tune.trials=2", "train.steps=300", "tune.concurrent=1", "tune.scheduler=none"
+    )
+    hunter = threading.Thread(target=kill, daemon=True)
+    hunter.start()
+    trials = attempts_of(searched(config))
+    hunter.join()
+    assert killed and [one.state for one in trials] == ["done", "done"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_budget_ends_the_search_and_not_before(root: Path) -> None:
+    config = searching(root, SPACE, "tune.trials=50", "tune.tokens=12000", "tune.scheduler=none")
+    trials = attempts_of(searched(config))
+    used = sum(one.tokens for one in trials)
+    per_report = 10 * 8 * 16
+    assert 12_000 <= used <= 12_000 + 2 * per_report and len(trials) < 50
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_several_objectives_leave_a_front(root: Path) -> None:
+    config = searching(
+        root,
+        "tune.space={model.layers: [1, 2, 3]}",
+        "tune.objectives={heldout_loss: min, parameters: min}",
+        "tune.scheduler=none",
+        "tune.trials=3",
+    )
+    made = searched(config)
+    sizes = {one.values["model.layers"]: one.last["parameters"] for one in attempts_of(made)}
+    assert sizes[1] < sizes[2] < sizes[3] and made.manifest.metrics["front"] >= 1
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_population_based_training_goes_on_from_the_better_weights(root: Path) -> None:
+    """The worse trial takes the better one's ZeRO checkpoint: its loss does not start again."""
+    config = searching(
+        root,
+        "tune.space={train.learning_rate: 'choice[0.00001, 0.03]'}",
+        "train.learning_rate=0.03",
+        "tune.search=random",
+        "tune.scheduler=pbt",
+        "tune.trials=2",
+        "tune.perturb_every=10",
+        "train.steps=60",
+    )
+    trials = attempts_of(searched(config))
+    first = max(trials, key=lambda one: one.rows[0]["heldout_loss"])
+    assert first.turns, "the worse trial never took the better one's place"
+    at = first.turns[1][0]
+    before = [row for row in first.rows if row["step"] < at]
+    after = [row for row in first.rows if row["step"] >= at]
+    better = next(one for one in trials if one.trial != first.trial)
+    donor = [row["heldout_loss"] for row in better.rows if row["step"] <= at]
+    assert after[0]["heldout_loss"] < 0.9 * before[-1]["heldout_loss"]
+    # With whatever rate it was given: where the better one was, or further.
+    assert after[0]["heldout_loss"] < 1.05 * donor[0]
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(("search", "scheduler"), [("grid", "median"), ("random", "none")])
+def test_other_searchers_and_schedulers(root: Path, search: str, scheduler: str) -> None:
+    config = searching(
+        root,
+        "tune.space={train.weight_decay: [0.0, 0.2], train.global_batch: [8, 7]}",
+        "train.workers=2",
+        f"tune.search={search}",
+        f"tune.scheduler={scheduler}",
+        "tune.trials=2",
+        "tune.steps=10",
+    )
+    trials = attempts_of(searched(config))
+    assert [one.state for one in trials if one.state != "ended"][:1] == ["done"]
+    assert {one.values["train.weight_decay"] for one in trials} <= {0.0, 0.1, 0.2}
+    assert all(one.values["train.global_batch"] == 8 for one in trials)  # 7 is not for two workers
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_winner_is_confirmed_beside_the_recipe(root: Path) -> None:
+    config = searching(
+        root,
+        "tune.space={train.learning_rate: [0.0003, 0.03]}",
+        "train.learning_rate=0.0001",
+        "tune.trials=2",
+        "tune.scheduler=none",
+        "tune.confirm_seeds=1",
+    )
+    made = searched(config)
+    runs = [one for one in attempts_of(made) if one.role != "search"]
+    assert sorted((one.role, one.seed) for one in runs) == [
+        ("recipe", 1337),
+        ("recipe", 1338),
+        ("winner", 1337),
+        ("winner", 1338),
+    ]
+    figures = made.manifest.metrics
+    assert figures["gain"] > 2 * figures["noise"] > 0
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_trial_that_diverges_counts_as_bad_and_ends_nothing(root: Path) -> None:
+    config = searching(
+        root,
+        "tune.space={train.learning_rate: [0.0003, 0.03, 10.0]}",
+        "train.weight_decay=10",  # at a rate of 10, weights grow a hundredfold at each step
+        "tune.trials=3",
+        "tune.scheduler=none",
+    )
+    made = searched(config)
+    trials = attempts_of(made)
+    assert sorted(one.state for one in trials) == ["done", "done", "failed"]
+    assert ["finite" in one.reason for one in trials] == [o.state == "failed" for o in trials]
+    assert made.manifest.metrics["failed"] == 1
+    assert made.manifest.detail["overrides"]["train.learning_rate"] < 10
