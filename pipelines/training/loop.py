@@ -275,6 +275,7 @@ class _Run:
 
     def _save(self, at: Progress) -> None:
         self.pulse.at("save")
+        self.board.flush()  # a worker that dies after the commit does not come by these steps again
         began = time.monotonic()
         self.engine.average_buffers()
         self.writer.save(self.engine, at, complete=at.step == self.config.train.steps)
