@@ -274,11 +274,25 @@ def _build_model(
         # Reentrant checkpoints run a backward pass inside of the backward pass, which ZeRO's
         # hooks would take for the end of the step.
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.train.zero_stage == 3:
+        _gather_by_block(model)
     if config.train.compile:
         for block in _blocks(model):
             block.compile(dynamic=False)
     built: torch.nn.Module = model
     return built
+
+
+def _gather_by_block(model: Any) -> None:
+    """Stage 3 gathers a layer's parameters together, not one module's after another's.
+
+    Its hooks then run once for a layer, which makes a step on CPUs a seventh faster
+    (docs/benchmarks.md). No more is gathered at once than DeepSpeed prefetches anyhow.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    if kinds := {type(block) for block in _blocks(model) if block is not model}:
+        set_z3_leaf_modules(model, list(kinds))
 
 
 def _blocks(model: Any) -> list[torch.nn.Module]:
