@@ -1,7 +1,8 @@
 """Training on CPUs: `heliostat pretrain` against a plain PyTorch loop and Hugging Face's Trainer.
 
     pip install -r benchmarks/requirements.txt      # for the Trainer; left out without it
-    python benchmarks/train_cpu.py [--pairs 24] [--steps N] [--shapes 10m,demo] [--smoke]
+    python benchmarks/train_cpu.py [--pairs 24] [--steps N] [--shapes 10m,demo] [--stages 0,3]
+                                    [--groups equal,recommended] [--smoke]
 
 Three questions, each for a model of 10 M parameters and for the demo's, on two cores:
 
@@ -44,7 +45,7 @@ SHAPES = {
 STEPS = {"10m": 1, "demo": 8}
 GOALS = {0: 0.90, 1: 0.90, 2: 0.90, 3: 0.80}
 # Two stages and their peers at a time: short rounds, and 1 to 2 GB of memory for each process.
-TOGETHER = ((0, 1), (2, 3))
+TOGETHER = 2
 Figures = dict[str, float]
 
 
@@ -55,6 +56,7 @@ class Asked:
     pairs: int
     steps: int
     smoke: bool
+    stages: tuple[int, ...]
 
     def steps_of(self, shape: str) -> int:
         return self.steps or (2 if self.smoke else STEPS[shape])
@@ -63,7 +65,8 @@ class Asked:
 def equal(asked: Asked, shape: str, root: str, *, ranks: int, precision: str) -> Figures:
     """Ours at every ZeRO stage, and the Trainer, against the plain loop."""
     figures: Figures = {}
-    for stages in TOGETHER:
+    for start in range(0, len(asked.stages), TOGETHER):
+        stages = asked.stages[start : start + TOGETHER]
         figures |= _equal(asked, shape, root, stages, ranks=ranks, precision=precision)
     return figures
 
@@ -158,9 +161,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="of a block; 0 takes the shape's")
     parser.add_argument("--shapes", default="10m,demo", help="of " + ", ".join(SHAPES))
     parser.add_argument("--groups", default="equal,recommended", help="of equal, recommended")
+    parser.add_argument("--stages", default="0,1,2,3", help="of ZeRO, for equal")
     parser.add_argument("--smoke", action="store_true", help="two rounds of two steps: does it run")
     given = parser.parse_args()
-    asked = Asked(2 if given.smoke else given.pairs, given.steps, given.smoke)
+    stages = tuple(map(int, given.stages.split(",")))
+    asked = Asked(2 if given.smoke else given.pairs, given.steps, given.smoke, stages)
     print(json.dumps(machine()))
     figures: Figures = {}
     for shape in given.shapes.split(","):
