@@ -98,7 +98,7 @@ def _equal(
         figures |= _named(f"{label}.zero0_over_trainer", ratio)
     figures |= _speeds(label, sides, blocks, asked.steps_of(shape))
     waiting = _waiting(label, [block for stage in stages for block in blocks[f"zero {stage}"]])
-    return figures | {f"{label}.zero{stages[0]}{stages[-1]}_data_wait": waiting}
+    return figures | {f"{label}.zero{''.join(map(str, stages))}_data_wait": waiting}
 
 
 def recommended(asked: Asked, shape: str, root: str) -> Figures:
