@@ -286,8 +286,8 @@ def _build_model(
 def _gather_by_block(model: Any) -> None:
     """Stage 3 gathers a layer's parameters together, not one module's after another's.
 
-    Its hooks then run once for a layer, which makes a step on CPUs a seventh faster
-    (docs/benchmarks.md). No more is gathered at once than DeepSpeed prefetches anyhow.
+    Its hooks then run once for a layer, which makes a step on CPUs about a seventh
+    faster (docs/benchmarks.md). No more is gathered at once than DeepSpeed prefetches anyhow.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
