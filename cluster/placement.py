@@ -78,10 +78,17 @@ def run_on_one_node(
         raise HeliostatError(f"the process of {function.__name__} was lost: {reason}") from error
 
 
+def live_resources() -> list[Mapping[str, float]]:
+    """What each live node of the cluster has, by Ray's names."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _free_room(*, gpu: bool) -> Room:
     import ray
 
-    wanted = roomiest((n["Resources"] for n in ray.nodes() if n["Alive"]), gpu=gpu)
+    wanted = roomiest(live_resources(), gpu=gpu)
     deadline = time.monotonic() + SETTLE_SECONDS
     while (room := within(wanted, ray.available_resources())) != wanted:
         if time.monotonic() > deadline:

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.access import JOBS
 from cluster.dashboard import Dashboard
 from cluster.errors import ClusterError, UsageError
-from cluster.jobs import duration, position
+from cluster.jobs import ENDED, duration, position
 
 Resources = Mapping[str, float]
 SILENT = re.compile(r"\w+: rank \d+ .*silent since .*")
@@ -58,7 +59,7 @@ class Facts:
 
 def reason(facts: Facts) -> str:
     """One line, the most particular thing that is known."""
-    if facts.status in ("SUCCEEDED", "FAILED", "STOPPED"):
+    if facts.status in ENDED:
         return _ended(facts)
     if facts.status == "PENDING":
         return (
@@ -208,7 +209,7 @@ def explain(dashboard: Dashboard, job: str) -> str:
 
 
 def _known(dashboard: Dashboard, job: str) -> Mapping[str, Any]:
-    infos = dashboard.get("/api/jobs/")
+    infos = dashboard.get(JOBS)
     for info in infos:
         if job in (info.get("submission_id"), info.get("job_id")):
             return dict(info)

@@ -11,6 +11,7 @@ from typing import Any
 from cluster import planner
 from cluster.config import LlamaModel, RunConfig, TextData, TrainSection
 from cluster.errors import ArtifactError, UsageError
+from cluster.placement import live_resources
 from cluster.planner import Cost, Footprint, Machines, Verdict
 from cluster.session import joined_address, session
 from cluster.storage import Store
@@ -198,9 +199,7 @@ def _machines(config: RunConfig, nodes: str | None, price: float | None) -> Mach
     if nodes is None:
         if joined_address(config):
             with session(config):
-                import ray
-
-                alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+                alive = live_resources()
             return _priced(of_cluster(alive, config.train, product_flops), price)
         return this_machine(config.train)
     if nodes.endswith((".yaml", ".yml")):

@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.checkout import REPOSITORY
+
 HOME = Path.home()
 STORE = "/mnt/heliostat"
 NEEDED = {

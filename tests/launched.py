@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +14,8 @@ from typing import Any
 
 import httpx
 
-from tests.lab import REPOSITORY, STORE, Host, Lab
+from tests.checkout import REPOSITORY, checkout
+from tests.lab import STORE, Host, Lab
 from tests.ports import free_port
 
 TREE = ("cluster", "pipelines", "serving", "tune", "pyproject.toml", "constraints.txt", "README.md")
@@ -165,14 +165,7 @@ def ray(cluster: Launched, *words: str, timeout: float = 600) -> str:
 
 
 def _working_tree(lab: Lab) -> Path:
-    tree = lab.laptop / "heliostat"
-    tree.mkdir()
-    for name in TREE:
-        source = REPOSITORY / name
-        if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, tree / name)
+    tree = checkout(lab.laptop / "heliostat", TREE)
     # The tools that build are there already, and no index is asked for them.
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
     subprocess.run([*build, "--wheel-dir", "dist", "."], cwd=tree, check=True, timeout=300)

@@ -9,6 +9,7 @@ from typing import Any
 from cluster import planner
 from cluster.config import RunConfig
 from cluster.errors import UsageError
+from cluster.placement import live_resources
 from cluster.planner import Machines
 from cluster.stages import flat, resolved
 from pipelines import families, plan
@@ -54,12 +55,9 @@ def fits(config: RunConfig, corpus: Corpus, workers: int, at_once: int) -> Fits:
         workers: of a trial.
         at_once: trials that share the machines.
     """
-    import ray
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     train = config.train.model_copy(update={"workers": workers})
     try:
-        machines = plan.of_cluster(alive, train, lambda threads: None)
+        machines = plan.of_cluster(live_resources(), train, lambda threads: None)
     except UsageError:  # devices of several kinds, or of none that we know
         return everything_fits
     return Planned(corpus.facts, shared(machines, config, at_once))

@@ -39,7 +39,7 @@ def summary(config: RunConfig, attempts: Sequence[Attempt], winner: Attempt, eve
         attempts: of the search and of the confirmation.
         every: steps between reports.
     """
-    metric, mode = next(iter(config.tune.objectives.items()))
+    metric, mode = config.tune.objective
     searched = [a for a in attempts if a.role == "search"]
     figures = {
         metric: winner.figure(metric),

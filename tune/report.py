@@ -56,7 +56,7 @@ def page(space: Space, attempts: Sequence[Attempt], found: Outcome) -> bytes:
 
 
 def _drawings(space: Space, searched: Sequence[Attempt], found: Outcome) -> list[tuple[str, Draw]]:
-    metric, mode = next(iter(space.config.tune.objectives.items()))
+    metric, mode = space.config.tune.objective
     drawings = [
         ("history", plots.history(searched, metric, mode)),
         ("learning curves", plots.learning_curves(searched, metric, found.winner)),

@@ -150,7 +150,7 @@ def _search(study: Study, joined: Session) -> None:
 
     settings = study.config.tune
     algorithm, number, param_space = chooser(study)
-    metric, mode = next(iter(settings.objectives.items()))
+    metric, mode = settings.objective
     tuning = TuneConfig(
         metric=metric,
         mode=mode,
@@ -190,7 +190,7 @@ def _confirm(study: Study, joined: Session) -> None:
     if not runs:
         return
     progress.say(f"tune: {len(runs)} runs confirm {winner.trial} beside the recipe as it is")
-    metric, mode = next(iter(study.config.tune.objectives.items()))
+    metric, mode = study.config.tune.objective
     tuning = TuneConfig(metric=metric, mode=mode, **at_once(study, joined))
     _fit(study, f"{study.id}-confirm", tuning, _listed(runs), budget=False)
 
@@ -323,7 +323,7 @@ def at_once(study: Study, joined: Session) -> dict[str, Any]:
 
 
 def _winner(study: Study) -> Attempt:
-    metric, mode = next(iter(study.config.tune.objectives.items()))
+    metric, mode = study.config.tune.objective
     searched = [a for a in study.attempts if a.role == "search"]
     winner = ledger.best(searched, metric, mode)
     if winner is None:

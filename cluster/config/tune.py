@@ -95,6 +95,11 @@ class TuneSection(Section):
     """Cross-validation: every trial trains once per fold of the training rows and is judged by the
     mean over them, classes spread evenly; 0 for the held-out rows."""
 
+    @property
+    def objective(self) -> tuple[str, Mode]:
+        """The first of the objectives: what trials are ranked by, and which end is the better."""
+        return next(iter(self.objectives.items()))
+
     @model_validator(mode="after")
     def _objectives_are_reported(self) -> "TuneSection":
         if not self.objectives:

@@ -277,7 +277,7 @@ def _build_model(
     if config.train.zero_stage == 3:
         _gather_by_block(model)
     if config.train.compile:
-        for block in _blocks(model):
+        for block in _blocks(model) or [model]:
             block.compile(dynamic=False)
     built: torch.nn.Module = model
     return built
@@ -286,12 +286,12 @@ def _build_model(
 def _gather_by_block(model: Any) -> None:
     """Stage 3 gathers a layer's parameters together, not one module's after another's.
 
-    Its hooks then run once for a layer, which makes a step on CPUs about a seventh
-    faster (docs/benchmarks.md). No more is gathered at once than DeepSpeed prefetches anyhow.
+    Its hooks then run once for a layer in place of once for each of its modules. No more is
+    gathered at once than DeepSpeed prefetches anyhow.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
-    if kinds := {type(block) for block in _blocks(model) if block is not model}:
+    if kinds := {type(block) for block in _blocks(model)}:
         set_z3_leaf_modules(model, list(kinds))
 
 
@@ -299,7 +299,7 @@ def _blocks(model: Any) -> list[torch.nn.Module]:
     """The layers that a model repeats: compiled one by one they share one compilation, which takes
     seconds where the whole model takes a minute or more."""
     names = set(model._no_split_modules or ())  # as transformers' device maps know them
-    return [module for module in model.modules() if type(module).__name__ in names] or [model]
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def _seed(seed: int) -> None:

@@ -23,12 +23,12 @@ import pytest
 
 from cluster import panels
 from cluster.storage import Artifact, Store
+from tests.checkout import checkout
 from tests.ports import free_ports
 
 PATIENCE = 600
 """Seconds for a job, which takes a minute or two of a machine that has nothing else to do."""
 pytestmark = pytest.mark.timeout(PATIENCE + 60)
-REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("cluster", "pipelines", "serving", "tune", "pyproject.toml", ".rayignore")
 TOKEN = "b" * 64
 TINY = """
@@ -91,18 +91,6 @@ class Head:
             timeout=PATIENCE,
             check=False,
         )
-
-
-def working_tree(target: Path) -> Path:
-    """What a user's checkout holds, so that a test may edit it."""
-    target.mkdir()
-    for name in PACKAGES:
-        source = REPOSITORY / name
-        if source.is_dir():
-            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, target / name)
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +190,7 @@ def prometheus(head: Head) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def served(head: Head, prometheus: str) -> Artifact:
     """The first job: everything runs, and the model stays served after the job's end."""
-    answer = head.submit(working_tree(head.recipe.parent / "first"))
+    answer = head.submit(checkout(head.recipe.parent / "first", PACKAGES))
     assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-2000:]
     model = Store(str(head.root)).latest("model", "tiny")
     assert model is not None
@@ -287,7 +275,7 @@ def _has_data(prometheus: str, query: str) -> bool:
 
 
 def test_a_second_job_from_an_edited_tree_skips_every_stage(head: Head, served: Artifact) -> None:
-    tree = working_tree(head.recipe.parent / "second")
+    tree = checkout(head.recipe.parent / "second", PACKAGES)
     with (tree / "pipelines/pretrain.py").open("a") as module:
         module.write("\n# An edit that changes the code, not the config.\n")
     answer = head.submit(tree, "--json")
