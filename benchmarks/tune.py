@@ -3,13 +3,19 @@
 Both search the same space of a small language model over the same rows, two trials at a time on two
 CPUs. Random search trains its trials to the end; the other may begin more, and ends most of them
 early. What is compared is the best held-out loss, and the tokens until it was as good as random's
-best. `python benchmarks/tune.py ROOT SEED...` adds what these seeds give to ROOT/seeds.json, so
+best. Overhead is what a trial of random search takes beside its training (workers, reports, waiting
+for what is decided), less what a plain pretrain of the same config takes beside its own.
+
+`python benchmarks/tune.py ROOT --seeds 1 2 3` adds what these seeds give to ROOT/seeds.json, so
 that a few minutes at a time are enough; the last line is over all seeds that are there.
 """
 
+import argparse
 import json
+import math
 import statistics
-import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +23,12 @@ from cluster import loading
 from cluster.config import RunConfig
 from cluster.session import session
 from cluster.storage import Store
-from pipelines import prepare
+from pipelines import prepare, pretrain
 from tune import search
 from tune.ledger import Attempt, Ledger
 
-STEPS, BATCH, LENGTH, TRIALS = 150, 16, 128, 8
+STEPS, BATCH, LENGTH, TRIALS = 120, 16, 128, 8
+EVERY, ROWS, AT_ONCE = STEPS // 10, 128, 2
 BUDGET = TRIALS * STEPS * BATCH * LENGTH
 """Tokens; random search uses it up exactly."""
 RECIPE = [
@@ -34,17 +41,20 @@ RECIPE = [
     "train.zero_stage=1",
     f"train.steps={STEPS}",
     f"train.global_batch={BATCH}",
-    "train.warmup_steps=15",
+    "train.warmup_steps=12",
     "train.checkpoint_every=1000",
+    # The first trial of both sides: a common default, so that there is something to be found.
+    "train.learning_rate=0.0003",
+    "model.initializer_range=0.02",
     "tune.confirm_seeds=0",
     "tune.steps=0",
-    "tune.heldout_rows=128",
-    "tune.report_every=15",
-    "tune.concurrent=2",
+    f"tune.heldout_rows={ROWS}",
+    f"tune.report_every={EVERY}",
+    f"tune.concurrent={AT_ONCE}",
     "tune.space.train.learning_rate=loguniform(1e-4, 3e-1)",
     "tune.space.train.weight_decay=uniform(0, 0.5)",
     "tune.space.train.beta2=choice[0.9, 0.95, 0.99, 0.999]",
-    "tune.space.train.warmup_steps=randint(1, 75)",
+    "tune.space.train.warmup_steps=randint(1, 60)",
     "tune.space.train.final_learning_rate=uniform(0, 1)",
     "tune.space.model.initializer_range=loguniform(0.005, 0.2)",
 ]
@@ -64,14 +74,38 @@ def config_of(root: Path, side: str, seed: int) -> RunConfig:
     """The data are prepared with one seed; trials differ by theirs."""
     return loading.load(
         "gpt-demo",
-        [f"storage.root={root}", *RECIPE, *SIDES[side], f"seed={seed}", "ray.cpus=2"],
+        [f"storage.root={root}", *RECIPE, *SIDES[side], f"seed={seed}", f"ray.cpus={AT_ONCE}"],
     )
 
 
-def searched(config: RunConfig) -> list[Attempt]:
+@dataclass(frozen=True)
+class Side:
+    attempts: list[Attempt]
+    seconds: float
+    """From the call to its end."""
+
+
+def searched(config: RunConfig) -> Side:
+    began = time.monotonic()
     made = search.run(config.model_copy(update={"fresh": True})).artifact
+    seconds = time.monotonic() - began
     assert made is not None
-    return Ledger(Store(config.storage.root), made.manifest.detail["study"]).attempts()
+    book = Ledger(Store(config.storage.root), made.manifest.detail["study"])
+    return Side(book.attempts(), seconds)
+
+
+def plain(root: Path, seed: int) -> float:
+    """Seconds that a pretrain by itself takes beside its training, with as many looks at held-out
+    rows."""
+    config = loading.changed(
+        config_of(root, "random", seed),
+        {"fresh": True, "train.heldout_every": EVERY, "train.heldout_rows": ROWS},
+    )
+    began = time.monotonic()
+    made = pretrain.run(config).artifact
+    seconds = time.monotonic() - began
+    assert made is not None
+    return seconds - float(made.manifest.detail["seconds"])
 
 
 def best(attempts: list[Attempt]) -> float:
@@ -98,25 +132,33 @@ def tokens_until(attempts: list[Attempt], loss: float) -> float:
 
 
 def measured(root: Path, seed: int) -> dict[str, Any]:
-    """Both sides of one seed."""
-    sides = {side: searched(config_of(root, side, seed)) for side in SIDES}
-    goal = best(sides["random"])
-    rest = [a.seconds - a.train_seconds for s in sides.values() for a in s if a.state == "done"]
-    found: dict[str, Any] = {"overhead_seconds": statistics.median(rest)}
-    for side, attempts in sides.items():
-        found[side] = {
-            "best": best(attempts),
-            "trials": len(attempts),
-            "tokens": sum(a.tokens for a in attempts),
-            "tokens_to_random": tokens_until(attempts, goal),
-            "seconds": max(a.began + a.seconds for a in attempts) - attempts[0].began,
+    """All sides of one seed; which of them is first changes from seed to seed."""
+    beside = plain(root, seed)
+    order = list(SIDES) if seed % 2 else list(SIDES)[::-1]
+    sides = {side: searched(config_of(root, side, seed)) for side in order}
+    goal = best(sides["random"].attempts)
+    chance = sides["random"]
+    busy = AT_ONCE * chance.seconds - sum(a.train_seconds for a in chance.attempts)
+    found: dict[str, Any] = {
+        "beside_plain": beside,
+        "beside_trial": busy / len(chance.attempts),
+    }
+    for name, side in sides.items():
+        found[name] = {
+            "best": best(side.attempts),
+            "trials": len(side.attempts),
+            "ended": sum(a.state == "ended" for a in side.attempts),
+            "tokens": sum(a.tokens for a in side.attempts),
+            "tokens_to_random": tokens_until(side.attempts, goal),
+            "seconds": side.seconds,
         }
-        print(f"seed {seed} {side}: {found[side]}", flush=True)
+        print(f"seed {seed} {name}: {found[name]}", flush=True)
     return found
 
 
 def figures_of(seeds: dict[str, Any]) -> dict[str, float]:
-    """Medians over the seeds; ratios of ours over random's."""
+    """Medians over the seeds; ratios of ours over random's. Where ours was never as good as
+    random's best, all its tokens count as what it took."""
     ours = [s["asha_tpe"] for s in seeds.values()]
     chance = [s["random"] for s in seeds.values()]
     pairs = list(zip(ours, chance, strict=True))
@@ -128,12 +170,21 @@ def figures_of(seeds: dict[str, Any]) -> dict[str, float]:
         "best_difference": statistics.median(o["best"] - c["best"] for o, c in pairs),
         "tokens_ratio": statistics.median(o["tokens"] / c["tokens"] for o, c in pairs),
         "tokens_to_random_ratio": statistics.median(
-            min(o["tokens_to_random"], 1e12) / c["tokens_to_random"] for o, c in pairs
+            min(o["tokens_to_random"], o["tokens"]) / c["tokens_to_random"] for o, c in pairs
         ),
+        "reached_random": float(sum(math.isfinite(o["tokens_to_random"]) for o in ours)),
         "asha_tpe_trials": statistics.median(o["trials"] for o in ours),
-        "overhead_seconds_per_trial": statistics.median(
-            s["overhead_seconds"] for s in seeds.values()
+        "beside_training_plain_seconds": statistics.median(
+            s["beside_plain"] for s in seeds.values()
         ),
+        "beside_training_trial_seconds": statistics.median(
+            s["beside_trial"] for s in seeds.values()
+        ),
+        "overhead_seconds_per_trial": statistics.median(
+            s["beside_trial"] - s["beside_plain"] for s in seeds.values()
+        ),
+        "random_seconds": statistics.median(c["seconds"] for c in chance),
+        "asha_tpe_seconds": statistics.median(o["seconds"] for o in ours),
     }
 
 
@@ -155,4 +206,8 @@ def main(root: Path, seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(seed) for seed in sys.argv[2:]])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    given = parser.parse_args()
+    main(given.root, given.seeds)

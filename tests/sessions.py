@@ -37,7 +37,20 @@ def ray_session() -> Iterator[object]:
     shutil.rmtree(_TEMPORARY, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def new_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database before its first entry: to make one takes it seconds."""
+    from cluster import registry
+
+    path = tmp_path_factory.mktemp("registry") / "mlflow.db"
+    registry.client(f"sqlite:///{path}")
+    return path
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, new_registry: Path) -> Path:
     """A storage root of the test's own."""
-    return tmp_path / "root"
+    root = tmp_path / "root"
+    root.mkdir()
+    shutil.copy(new_registry, root)
+    return root

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -135,14 +136,57 @@ def _population(space: Space, every: int) -> TrialScheduler:
             mutations[dimension.key] = list(domain.options)
         elif isinstance(domain, Range):
             mutations[dimension.key] = partial(within, domain)
-    return PopulationBasedTraining(
+    return Population(
         time_attr="step",
         perturbation_interval=every,
-        burn_in_period=every,
         hyperparam_mutations={"values": mutations},
         custom_explore_fn=Mended(space),
         log_config=False,
+        synch=True,  # allows trials that are paused to be given other weights
     )
+
+
+class Population(PopulationBasedTraining):
+    """Trials wait at every interval until all that run have come to theirs; then the worst take
+    the weights of the best.
+
+    By itself Ray compares a trial with what others have reported so far, which is nothing where
+    their workers started later; and its way to have them wait takes all to be at the same step,
+    so that it stands still for good once one has failed, or begins when others are done.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._waiting: set[Any] = set()
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        self._waiting.discard(trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> Any:
+        state, step = self._trial_state[trial], result[self._time_attr]
+        if step - state.last_perturbation_time < self._perturbation_interval:
+            return TrialScheduler.CONTINUE
+        self._save_trial_state(state, step, result, trial)
+        self._waiting.add(trial)
+        return TrialScheduler.PAUSE
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """A trial that may go on; None while all of them wait for one that runs."""
+        live = [trial for trial in tune_controller.get_trials() if not trial.is_finished()]
+        if all(trial.status == Trial.PAUSED and trial in self._waiting for trial in live):
+            self._exchange(tune_controller, live)
+        ready = [t for t in live if t.status == Trial.PAUSED and t not in self._waiting]
+        return next(iter(ready or [t for t in live if t.status == Trial.PENDING]), None)
+
+    def _exchange(self, tune_controller: Any, live: list[Any]) -> None:
+        worst, best = self._quantiles()
+        between = [trial for trial in live if trial not in worst and trial not in best]
+        for trial in [*best, *between, *worst]:  # what is taken has to be there
+            state = self._trial_state[trial]
+            state.last_perturbation_time = state.last_train_time
+            self._checkpoint_or_exploit(trial, tune_controller, best, worst)
+        self._waiting.clear()
 
 
 def within(domain: Range) -> float:

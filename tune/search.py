@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster import doctor, lease, progress
 from cluster.config import RunConfig
-from cluster.errors import ConfigError, TrainingError
+from cluster.errors import CapacityError, ConfigError, TrainingError
 from cluster.session import Session, check_capacity, open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, required, resolved
 from cluster.storage import Artifact, Store
@@ -313,6 +313,11 @@ def at_once(study: Study, joined: Session) -> dict[str, Any]:
     else:
         holds = joined.cpus // (study.workers * train.threads_per_worker)
     most = min(tune.concurrent, holds) if tune.concurrent else holds
+    if tune.scheduler == "pbt" and most < 2:
+        raise CapacityError(
+            f"tune.scheduler pbt exchanges weights between trials at once and there is room for "
+            f"{max(1, most)} of {study.workers} workers: take fewer workers, or asha"
+        )
     from tune.watching import trial_folder
 
     return {

@@ -76,7 +76,7 @@ class Watch(Callback):
 
     def on_experiment_end(self, trials: Any, **info: Any) -> None:
         if self._table is not None:
-            self._table.end()
+            self._table.end(self._ledger.attempts)
 
     def _close(self, trial: Any, state: State) -> None:
         found = self._ledger.read(trial.trial_id) or begun(trial.trial_id, trial.config)
@@ -140,12 +140,17 @@ class Table:
     def show(self, attempts: Any) -> None:
         if self._live is not None and time.monotonic() - self._shown >= SHOW_SECONDS:
             self._shown = time.monotonic()
-            there = [attempt for attempt in attempts() if attempt.role != LOST]
-            self._live.update(drawn(self._config, there), refresh=True)
+            self._draw(attempts)
 
-    def end(self) -> None:
+    def end(self, attempts: Any) -> None:
+        """Leave it there as it is at last."""
         if self._live is not None:
+            self._draw(attempts)
             self._live.stop()
+
+    def _draw(self, attempts: Any) -> None:
+        there = [attempt for attempt in attempts() if attempt.role != LOST]
+        self._live.update(drawn(self._config, there), refresh=True)
 
 
 def drawn(config: RunConfig, attempts: list[Attempt]) -> Any:

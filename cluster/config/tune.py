@@ -60,7 +60,7 @@ class TuneSection(Section):
     trains all to the end, and has the worst go on from the weights of the best with changed values
     (Jaderberg et al., arXiv:1711.09846)."""
     trials: Positive = 16
-    """Trials at most; with `pbt`, how many are trained side by side."""
+    """Trials at most; with `pbt`, those that are trained at once exchange weights."""
     steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps of a trial; 0 for `train.steps`. The schedule is that of the whole run, so
     that the run itself goes on as the trial began."""
@@ -74,7 +74,8 @@ class TuneSection(Section):
     reduction: Annotated[int, Field(ge=2, le=100)] = 3
     """With `asha`: one of this many trials goes on, each time for this many times as long."""
     perturb_every: Annotated[int, Field(ge=0)] = 0
-    """With `pbt`: steps between two exchanges; 0 for two reports."""
+    """With `pbt`: steps after which trials wait for one another to exchange weights; 0 for two
+    reports."""
     concurrent: Annotated[int, OPERATIONAL, Field(ge=0)] = 0
     """Trials at once; 0 for as many as the cluster holds."""
     gpus_per_worker: Annotated[float, OPERATIONAL, Field(gt=0, le=1)] = 1.0

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.sessions import ray_session, root
+from tests.sessions import new_registry, ray_session, root
 
-__all__ = ["ray_session", "root"]
+__all__ = ["new_registry", "ray_session", "root"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

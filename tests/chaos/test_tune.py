@@ -15,7 +15,7 @@ from cluster.stages import BY_VERB, fingerprint, required
 from cluster.storage import Store
 from tests import trained
 from tests.corpora import counting_corpus
-from tests.hunting import training_workers
+from tests.hunting import losses, training_workers
 from tests.tuning import attempts_of, searched, searching
 from tune import search
 from tune.ledger import Ledger
@@ -24,8 +24,8 @@ PATIENCE_SECONDS = 300
 SPACE = "tune.space={train.learning_rate: 'loguniform(0.001, 0.1)'}"
 
 
-def started(recipe: Path, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "cluster.cli", "tune", str(recipe)]
+def started(recipe: Path, log: Path, *words: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "cluster.cli", *(words or ("tune",)), str(recipe)]
     with log.open("ab") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
 
@@ -68,6 +68,50 @@ def test_a_search_whose_driver_is_killed_goes_on(tmp_path: Path) -> None:
         assert all(
             row["heldout_loss"] == told.get(row["step"], row["heldout_loss"]) for row in one.rows
         )
+
+
+def test_up_searches_and_pretrains_with_what_was_found(tmp_path: Path) -> None:
+    """From files to a published model; once more, and there is nothing left to do."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for number in range(60):
+        lines = [
+            f"{number} 定日镜跟随太阳 {number + k}, the mirror follows the sun" for k in range(12)
+        ]
+        (sources / f"{number:03d}.txt").write_text("\n".join(lines), "utf-8")
+    root, recipe, log = tmp_path / "root", tmp_path / "recipe.yaml", tmp_path / "log"
+    config = searching(
+        root,
+        f"data.sources=[{sources}]",
+        "data.vocab_size=400",
+        "evaluate.sample_tokens=4",
+        "train.steps=20",
+        "train.learning_rate=0.0003",
+        "tune.space={train.learning_rate: [0.0003, 0.03]}",
+        "tune.trials=2",
+        "tune.scheduler=none",
+        "tune.enabled=true",
+        "ray.cpus=2",
+    )
+    recipe.write_text(loading.dump(config), "utf-8")
+    up = started(recipe, log, "up", "--to", "publish")
+    assert up.wait(PATIENCE_SECONDS) == 0, log.read_text("utf-8")[-3000:]
+
+    store = Store(str(root))
+    made, model = store.latest("study", config.name), store.latest("model", config.name)
+    finished = store.latest("checkpoint", config.name)
+    assert made is not None and finished is not None and model is not None
+    found = made.manifest.detail["overrides"]
+    assert found == {"train.learning_rate": 0.03}
+    assert finished.manifest.config["train"]["learning_rate"] == 0.03
+    best = next(one for one in attempts_of(made) if one.values == found)
+    own = dict(losses(finished))
+    assert best.rows and all(own[row["step"]] == row["loss"] for row in best.rows)
+
+    again = started(recipe, log, "up", "--to", "publish")
+    assert again.wait(PATIENCE_SECONDS) == 0, log.read_text("utf-8")[-3000:]
+    assert log.read_text("utf-8").count(": skipped, ") == 5
+    assert [one.version for one in store.versions("model", config.name)] == [model.version]
 
 
 def wait_for(there: Any, driver: subprocess.Popen[bytes], log: Path) -> None:
@@ -162,14 +206,16 @@ def test_population_based_training_goes_on_from_the_better_weights(root: Path) -
         "tune.search=random",
         "tune.scheduler=pbt",
         "tune.trials=2",
-        "tune.perturb_every=10",
-        "train.steps=60",
+        "tune.perturb_every=20",
     )
     trials = attempts_of(searched(config))
-    worse, better = sorted(trials, key=lambda one: -one.rows[0]["heldout_loss"])
-    # Its values may by chance be its own again, but no such rate gets there from where it was.
-    assert worse.last["heldout_loss"] < 1.05 * better.rows[0]["heldout_loss"]
-    assert worse.last["heldout_loss"] < 0.9 * worse.rows[0]["heldout_loss"]
+    assert [one.state for one in trials] == ["done", "done"]
+    loss = [{row["step"]: row["heldout_loss"] for row in one.rows} for one in trials]
+    worse, better = sorted(loss, key=lambda of: -of[20])
+    # No rate gets from the one to the other in ten steps, and the slow one by itself gets nowhere.
+    assert worse[10] - worse[20] < 0.1 < 0.5 < worse[20] - better[20]
+    assert abs(worse[30] - better[20]) < 0.3 * (worse[20] - better[20])
+    assert worse[40] < (worse[20] + better[20]) / 2
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -1,5 +1,5 @@
 """Tests on a real local Ray."""
 
-from tests.sessions import ray_session, root
+from tests.sessions import new_registry, ray_session, root
 
-__all__ = ["ray_session", "root"]
+__all__ = ["new_registry", "ray_session", "root"]

@@ -24,6 +24,8 @@ def test_a_search_ends_in_a_recipe_that_repeats_its_best_trial(root: Path) -> No
     config = searching(
         root,
         "tune.space={train.learning_rate: 'choice[0.0003, 0.03]'}",
+        "train.steps=20",
+        "tune.report_every=5",
         "tune.trials=2",
         "tune.concurrent=1",
         "tune.grace=0.3",

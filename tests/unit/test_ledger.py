@@ -1,17 +1,19 @@
 """What trials did, kept in files, and what a study comes to."""
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from cluster import loading
+from cluster import loading, progress
 from cluster.config import RunConfig
 from cluster.storage import Store
 from tests.tuning import NO_SEARCH
-from tune import ledger, outcome, plots, report, space
+from tune import ledger, outcome, plots, report, space, watching
 from tune.ledger import Attempt, Ledger, State
 
 RATES = "tune.space.train.learning_rate=loguniform(1e-4, 1e-1)"
@@ -196,3 +198,18 @@ def test_importance_finds_what_mattered_and_keeps_quiet_without_trials() -> None
     assert plots.importance(made, trials[:2], "heldout_loss") == {}
     same = [attempt(str(n), 1.0) for n in range(8)]
     assert plots.importance(made, same, "heldout_loss") == {}
+
+
+def test_a_terminal_shows_the_trials_as_they_are_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    monkeypatch.setitem(progress._state, "console", terminal)
+    table = watching.Table(config())
+    running, lost = attempt("first", 2.0, "running"), attempt("gone", 2.0, "ended", role="lost")
+    table.show(lambda: [running, lost])
+    table.show(list)  # so soon after the last time it stays as it is
+    table.end(lambda: [replace(running, state="done"), attempt("二", 1.0, "failed")])
+    drawn = terminal.file.getvalue()
+    assert table.live and "1 trials" in drawn and "gone" not in drawn
+    last = drawn[drawn.rindex("2 trials") :]
+    assert all(word in last for word in ("first", "done", "二", "failed", "2.25", "0.001", "4"))
+    assert "running" not in last

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import ray.cloudpickle as pickle
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from cluster import loading
@@ -22,12 +23,15 @@ RATE = "tune.space.train.learning_rate=loguniform(1e-4, 1e-1)"
 
 
 def again(
-    root: Path, kind: str, reports: dict[str, list[tuple[int, float]]], state: State = "running"
+    root: Path,
+    kind: str,
+    reports: dict[str, list[tuple[int, float]]],
+    state: State = "running",
+    overrides: tuple[str, ...] = (),
 ) -> Any:
     """The scheduler of a search that goes on, after these reports of its trials: step, loss."""
-    config = loading.load(
-        "gpt-demo", [*NO_SEARCH, RATE, f"tune.scheduler={kind}", f"train.global_batch={BATCH}"]
-    )
+    own = (f"tune.scheduler={kind}", f"train.global_batch={BATCH}", *overrides)
+    config = loading.load("gpt-demo", [*NO_SEARCH, RATE, *own])
     book = Ledger(Store(str(root)), "study")
     for trial, told in reports.items():
         rows = [row(*one) for one in told]
@@ -105,3 +109,116 @@ def test_median_knows_it_too_and_counts_a_report_once(tmp_path: Path) -> None:
     assert len(made._results[named("a")]) == 3
     assert made.on_trial_result(None, named("c"), row(20, 1.5)) == TrialScheduler.CONTINUE
     assert made.on_trial_result(None, named("d"), row(20, 2.9)) == TrialScheduler.STOP
+
+
+class Running:
+    """As much of Ray's controller as a population asks for."""
+
+    search_alg = None
+
+    def __init__(self, made: Any, *trials: str) -> None:
+        self.made, self.trials = made, [Member(name) for name in trials]
+        for trial in self.trials:
+            made.on_trial_add(self, trial)
+
+    def get_trials(self) -> list[Any]:
+        return self.trials
+
+    def reports(self, trial: "Member", step: int, loss: float) -> Any:
+        decision = self.made.on_trial_result(self, trial, row(step, loss))
+        if decision == TrialScheduler.PAUSE:  # Ray saves it and has it stop
+            trial.status, trial.checkpoint = Trial.PAUSED, f"{trial.trial_id} at {step}"
+        return decision
+
+    def chosen(self) -> list[str]:
+        """Trials that begin now, or go on."""
+        names = []
+        while (trial := self.made.choose_trial_to_run(self)) is not None:
+            trial.status = Trial.RUNNING
+            names.append(trial.trial_id)
+        return sorted(names)
+
+
+class Member:
+    """A trial as a population sees it."""
+
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = self.experiment_tag = trial_id
+        self.config: dict[str, Any] = {"values": {"train.learning_rate": 0.01}, "seed": 1}
+        self.status, self.checkpoint = Trial.PENDING, ""
+        manager = SimpleNamespace(
+            checkpoint_config=SimpleNamespace(num_to_keep=None), _latest_checkpoint_result=None
+        )
+        self.run_metadata = SimpleNamespace(checkpoint_manager=manager)
+        self.temporary_state = SimpleNamespace(saving_to=None)
+
+    @property
+    def taken(self) -> Any:
+        """The checkpoint of another that it goes on from."""
+        found = self.run_metadata.checkpoint_manager._latest_checkpoint_result
+        return found and found.checkpoint
+
+    def is_finished(self) -> bool:
+        return self.status in (Trial.TERMINATED, Trial.ERROR)
+
+    def set_config(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def set_experiment_tag(self, tag: str) -> None:
+        self.experiment_tag = tag
+
+
+def population(root: Path, *trials: str) -> Running:
+    """Of trials that exchange every 20 steps."""
+    own = ("tune.search=random", "tune.perturb_every=20")
+    made = again(root, "pbt", {}, overrides=own)
+    return Running(made, *trials)
+
+
+def test_a_population_waits_for_who_is_slower(tmp_path: Path) -> None:
+    ours = population(tmp_path, "early", "late")
+    early, late = ours.trials
+    assert ours.chosen() == ["early", "late"]
+    assert ours.reports(early, 10, 4.0) == TrialScheduler.CONTINUE
+    assert ours.reports(early, 20, 3.0) == TrialScheduler.PAUSE
+    assert ours.chosen() == [] and late.taken is None
+    ours.reports(late, 20, 1.0)
+    assert ours.chosen() == ["early", "late"]
+    assert early.taken == "late at 20" and late.taken is None
+    assert early.config["values"]["train.learning_rate"] != 0.01
+    assert ours.reports(early, 30, 1.0) == TrialScheduler.CONTINUE
+    assert ours.reports(early, 40, 0.9) == TrialScheduler.PAUSE
+
+
+def test_a_population_does_not_wait_for_who_is_gone(tmp_path: Path) -> None:
+    """One fails while the others wait for it, and the last one goes on alone."""
+    ours = population(tmp_path, "good", "bad", "failing")
+    good, bad, failing = ours.trials
+    ours.chosen()
+    ours.reports(good, 20, 1.0)
+    ours.reports(bad, 20, 2.0)
+    assert ours.chosen() == []
+    failing.status = Trial.ERROR
+    assert ours.chosen() == ["bad", "good"] and bad.taken == "good at 20"
+    ours.reports(good, 40, 0.5)
+    bad.status = Trial.TERMINATED
+    assert ours.chosen() == ["good"] and good.taken is None
+
+
+def test_a_population_that_goes_on_after_a_kill_does_not_stand_still(tmp_path: Path) -> None:
+    """Its scheduler knows nothing of the steps before; and others may begin when some are done."""
+    ours = population(tmp_path, "a", "b")
+    a, b = ours.trials
+    ours.chosen()
+    ours.reports(a, 80, 1.0)
+    ours.reports(b, 80, 2.0)
+    assert ours.chosen() == ["a", "b"] and b.taken == "a at 80"
+    a.status = b.status = Trial.TERMINATED
+    ours.trials += [Member("c"), Member("d")]
+    c, d = ours.trials[2:]
+    for trial in (c, d):
+        ours.made.on_trial_add(ours, trial)
+    assert ours.chosen() == ["c", "d"]
+    ours.reports(c, 20, 3.0)
+    ours.reports(d, 20, 2.0)
+    assert ours.chosen() == ["c", "d"] and c.taken == "d at 20"
