@@ -14,10 +14,13 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.pop(0)  # this folder, in which `tune` would be this file, here and in the workers
 
 from cluster import loading
 from cluster.config import RunConfig
