@@ -30,7 +30,7 @@ from pipelines import prepare, pretrain
 from tune import search
 from tune.ledger import Attempt, Ledger
 
-STEPS, BATCH, LENGTH, TRIALS = 120, 16, 128, 8
+STEPS, BATCH, LENGTH, TRIALS = 120, 8, 96, 8
 EVERY, ROWS, AT_ONCE = STEPS // 10, 128, 2
 BUDGET = TRIALS * STEPS * BATCH * LENGTH
 """Tokens; random search uses it up exactly."""
