@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -149,28 +150,27 @@ def test_folds_are_one_trials_inner_loop(root: Path) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_dying_worker_is_replaced_within_its_trial(root: Path) -> None:
-    import threading
-
+    """It goes on from its checkpoint, and has reported each step once."""
     killed: list[int] = []
 
     def kill() -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not killed and time.monotonic() < deadline:
-            book = Ledger(Store(str(root)), "")
-            folder = Path(book.folder).parents[1]
-            if any(folder.glob("*/trials/*.json")) and (workers := training_workers()):
+            reported = [p for p in root.glob("runs/*/trials/*.json") if "step" in p.read_text()]
+            if reported and (workers := training_workers()):
                 workers[0].kill()
                 killed.append(workers[0].pid)
-            time.sleep(0.2)
+            time.sleep(0.1)
 
-    config = searching(
-        root, SPACE, "tune.trials=2", "train.steps=300", "tune.concurrent=1", "tune.scheduler=none"
-    )
+    config = searching(root, SPACE, "tune.trials=1", "train.steps=200", "tune.scheduler=none")
     hunter = threading.Thread(target=kill, daemon=True)
     hunter.start()
-    trials = attempts_of(searched(config))
+    made = searched(config)
     hunter.join()
-    assert killed and [one.state for one in trials] == ["done", "done"]
+    (trial,) = attempts_of(made)
+    assert killed and trial.state == "done"
+    assert [row["step"] for row in trial.rows] == [10.0 * (n + 1) for n in range(20)]
+    assert len(list(root.glob("runs/*/journal/*-worker_lost.json"))) == 1
 
 
 @pytest.mark.usefixtures("ray_session")

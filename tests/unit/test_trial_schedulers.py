@@ -10,10 +10,13 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from cluster import loading
+from cluster.errors import CapacityError
+from cluster.session import Session
 from cluster.stages import resolved
 from cluster.storage import Store
+from tests import observed_tuning
 from tests.tuning import NO_SEARCH
-from tune import schedulers, space
+from tune import schedulers, search, space
 from tune.ledger import Attempt, Ledger, State
 from tune.objective import Plan
 from tune.watching import Watch
@@ -222,3 +225,11 @@ def test_a_population_that_goes_on_after_a_kill_does_not_stand_still(tmp_path: P
     ours.reports(c, 20, 3.0)
     ours.reports(d, 20, 2.0)
     assert ours.chosen() == ["c", "d"] and c.taken == "d at 20"
+
+
+def test_a_population_of_one_is_refused(tmp_path: Path) -> None:
+    pbt = ("tune.search=random", "tune.scheduler=pbt", "train.workers=2")
+    config = loading.load("gpt-demo", [*NO_SEARCH, RATE, *pbt, f"storage.root={tmp_path}"])
+    small = Session(ours=True, dashboard="", cpus=3, gpus=0, nodes=("here",))
+    with pytest.raises(CapacityError, match="room for 1 of 2 workers: take fewer workers, or asha"):
+        search.at_once(observed_tuning.study(config), small)
