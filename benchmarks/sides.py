@@ -156,6 +156,10 @@ def main(raw: str) -> None:
 
     side = Side(**json.loads(raw))
     torch.set_num_threads(side.threads)
+    if side.loop == "heliostat":
+        from pipelines.training.threads import compute_on
+
+        compute_on(side.threads)  # as `loop.join_world` does
     torch.set_flush_denormal(True)
     if side.loop != "trainer":  # which would take these for its own
         _join(side)

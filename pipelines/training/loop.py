@@ -47,6 +47,7 @@ from pipelines.training.sampler import (
 )
 from pipelines.training.schedule import learning_rate
 from pipelines.training.stream import StreamSource
+from pipelines.training.threads import compute_on
 from pipelines.training.trial import Trial, asked, at_step
 from pipelines.training.watchdog import Preempted, Pulse
 from pipelines.training.zero import micro_batch
@@ -424,7 +425,7 @@ def join_world(config: RunConfig) -> World:
     import ray.train.torch
     import torch
 
-    torch.set_num_threads(config.train.threads_per_worker)
+    compute_on(config.train.threads_per_worker)
     # Adam's second moments shrink into denormal numbers, which CPUs compute many times slower.
     torch.set_flush_denormal(True)
     context = ray.train.get_context()

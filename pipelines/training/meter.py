@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from cluster.hardware import cpu_computes_bf16, peak_flops
 from cluster.telemetry import Row
+from pipelines.training.threads import compute_on
 
 if TYPE_CHECKING:
     import torch
@@ -152,5 +153,5 @@ def product_flops(threads: int) -> float:
             left @ right
             best = min(best, time.perf_counter() - began)
     finally:
-        torch.set_num_threads(before)
+        compute_on(before)
     return 2 * PRODUCT**3 / best

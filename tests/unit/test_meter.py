@@ -1,3 +1,4 @@
+import threading
 import time
 
 import pytest
@@ -7,7 +8,16 @@ from cluster import loading
 from cluster.hardware import peak_flops
 from pipelines import families
 from pipelines.training.engine import StepOutcome
-from pipelines.training.meter import OWN_STEPS, Clock, OwnTime, Rates, peak_memory, peak_of
+from pipelines.training.meter import (
+    OWN_STEPS,
+    Clock,
+    OwnTime,
+    Rates,
+    peak_memory,
+    peak_of,
+    product_flops,
+)
+from pipelines.training.threads import compute_on
 
 OUTCOME = StepOutcome(2.5, 1000, 0.7, False, 0.1, ())
 
@@ -69,3 +79,24 @@ def test_a_clock_leaves_out_what_it_is_told_to() -> None:
 
 def test_memory_is_in_bytes() -> None:
     assert 1e7 < peak_memory(torch.device("cpu")) < 1e12
+
+
+def test_threads_begun_later_compute_on_one() -> None:
+    counts: dict[str, int] = {}
+
+    def reduces() -> None:
+        counts["later"] = torch.get_num_threads()
+
+    def trains() -> None:
+        compute_on(3)
+        # A measure of the machine, which takes another number of threads, changes none of it.
+        product_flops(2)
+        later = threading.Thread(target=reduces)
+        later.start()
+        later.join()
+        counts["own"] = torch.get_num_threads()
+
+    worker = threading.Thread(target=trains)
+    worker.start()
+    worker.join()
+    assert counts == {"own": 3, "later": 1}
