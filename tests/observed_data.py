@@ -286,7 +286,7 @@ def changed_rows(config: RunConfig) -> list[Any]:
 
 def model(config: RunConfig) -> Any:
     facts = FACTS if config.family == "causal_lm" else IMAGE_FACTS
-    return engine._build_model(config, families.load(config.family), facts, {})
+    return engine._build_model(config, families.load(config.family), facts)
 
 
 def shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:

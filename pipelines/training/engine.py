@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import RunConfig
+from cluster.config import RunConfig, TextData
 from pipelines.families.base import Batch, Facts, Family
 from pipelines.training import zero
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 TAG = "state"
 """Folder that DeepSpeed puts a checkpoint's files in."""
+SHORT_ROW = 512
+"""Tokens up to which attention is left to the compiler: see `_compiles_attention`."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ class Engine:
         self._norm = 0.0
         _quiet()
         deepspeed = _import_deepspeed(world.device.type)
-        model = _build_model(config, family, facts, settings)
+        model = _build_model(config, family, facts)
+        if _compiles_attention(config, self.precision, device):
+            model.set_attn_implementation("eager")  # which the compiler fuses
         optimizer = _adamw(model, config, world.device.type)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
@@ -262,9 +266,7 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in ("weight_decay", "betas", "eps") if key in group}
 
 
-def _build_model(
-    config: RunConfig, family: Family, facts: Facts, settings: dict[str, Any]
-) -> torch.nn.Module:
+def _build_model(config: RunConfig, family: Family, facts: Facts) -> Any:
     """The same initial weights on every rank and at every world size: one seed, one device."""
     import torch
 
@@ -279,8 +281,17 @@ def _build_model(
     if config.train.compile:
         for block in _blocks(model) or [model]:
             block.compile(dynamic=False)
-    built: torch.nn.Module = model
-    return built
+    return model
+
+
+def _compiles_attention(config: RunConfig, precision: zero.Precision, device: str) -> bool:
+    """Whether attention is faster as the compiler fuses it than as PyTorch's own kernel.
+
+    So on a CPU in bf16 over short rows: forward and backward took 0.6 of the kernel's time at 512
+    tokens of 4 heads of 64, and twice its time at 1024; in fp32 nothing was gained.
+    """
+    short = isinstance(config.data, TextData) and config.data.sequence_length <= SHORT_ROW
+    return config.train.compile and device == "cpu" and precision != "fp32" and short
 
 
 def _gather_by_block(model: Any) -> None:

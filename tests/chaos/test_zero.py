@@ -58,6 +58,18 @@ def test_compiled_blocks_train_the_same_model(stage: int) -> None:
         assert [loss for loss, _ in histories[name]] == pytest.approx(expected, rel=1e-4)
 
 
+def test_compiled_attention_is_that_of_the_kernel() -> None:
+    """In bf16 the compiler also makes the attention: nearly the same curve."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("no C++ compiler here")
+    kernel = ["train.precision=autocast"]
+    settings = {"kernel": kernel, "compiled": [*kernel, "train.compile=true"]}
+    histories = gloo.launch(1, variants.histories, settings, STEPS)[0]
+    kernel_losses, compiled = ([loss for loss, _ in histories[name]] for name in settings)
+    assert compiled == pytest.approx(kernel_losses, rel=5e-3)
+    assert compiled != kernel_losses
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_goes_on_with_offload_and_without(tmp_path: Path, stage: int) -> None:
     """Where the optimizer's state lies is no part of it."""
