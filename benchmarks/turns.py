@@ -148,14 +148,14 @@ def running(sides: Sequence[Side]) -> Iterator[list[Running]]:
 
 
 def take_turns(
-    sides: Sequence[Side], *, steps: int, pairs: int, warm: int = 1
+    sides: Sequence[Side], *, steps: int, pairs: int, warm: int = 3
 ) -> dict[str, list[Block]]:
     with running(sides) as alive:
         return rounds(alive, steps=steps, pairs=pairs, warm=warm)
 
 
 def rounds(
-    alive: Sequence[Running], *, steps: int, pairs: int, warm: int = 1
+    alive: Sequence[Running], *, steps: int, pairs: int, warm: int = 3
 ) -> dict[str, list[Block]]:
     """`pairs` rounds of one block per side, in an order that turns with each round.
 
