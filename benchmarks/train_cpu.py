@@ -2,13 +2,13 @@
 
     pip install -r benchmarks/requirements.txt      # for the Trainer; left out without it
     python benchmarks/train_cpu.py [--pairs 24] [--steps N] [--shapes 10m,demo] [--stages 0,3]
-                                    [--groups equal,recommended] [--smoke]
+                                    [--groups fp32,ranks,autocast,recommended] [--smoke]
 
 Three questions, each for a model of 10 M parameters and for the demo's, on two cores:
 
     equal         ours at ZeRO 0 to 3 in the plain loop's precision: one process of two threads
-                  (fp32, and bf16 autocast where the CPU has it), and two gloo ranks of one thread
-                  against DDP
+                  (`fp32`, and bf16 `autocast` where the CPU has it), and two gloo `ranks` of one
+                  thread against DDP
     recommended   ours with bf16 autocast and compile against the plain loop in fp32
     waiting       the share of our steps that waits for data
 
@@ -43,6 +43,7 @@ SHAPES = {
 }
 # Steps of a block: seconds each, so that what disturbs the machine for longer disturbs all sides.
 STEPS = {"10m": 1, "demo": 8}
+GROUPS = ("fp32", "ranks", "autocast", "recommended")
 GOALS = {0: 0.90, 1: 0.90, 2: 0.90, 3: 0.80}
 # Two stages and their peers at a time: short rounds, and 1 to 2 GB of memory for each process.
 TOGETHER = 2
@@ -145,11 +146,12 @@ def measure(asked: Asked, shape: str, groups: list[str]) -> Figures:
     with tempfile.TemporaryDirectory(prefix="heliostat-bench-") as root:
         side = Side("corpus", "plain", SHAPES[shape], corpus={"root": root})
         make_corpus(side.config, 512)
-        if "equal" in groups:
+        if "fp32" in groups:
             figures |= equal(asked, shape, root, ranks=1, precision="fp32")
+        if "ranks" in groups:
             figures |= equal(asked, shape, root, ranks=2, precision="fp32")
-            if cpu_computes_bf16():
-                figures |= equal(asked, shape, root, ranks=1, precision="autocast")
+        if "autocast" in groups and cpu_computes_bf16():
+            figures |= equal(asked, shape, root, ranks=1, precision="autocast")
         if "recommended" in groups:
             figures |= recommended(asked, shape, root)
     return figures
@@ -160,7 +162,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=24, help="rounds of one block per side")
     parser.add_argument("--steps", type=int, default=0, help="of a block; 0 takes the shape's")
     parser.add_argument("--shapes", default="10m,demo", help="of " + ", ".join(SHAPES))
-    parser.add_argument("--groups", default="equal,recommended", help="of equal, recommended")
+    parser.add_argument("--groups", default=",".join(GROUPS), help="of " + ", ".join(GROUPS))
     parser.add_argument("--stages", default="0,1,2,3", help="of ZeRO, for equal")
     parser.add_argument("--smoke", action="store_true", help="two rounds of two steps: does it run")
     given = parser.parse_args()
