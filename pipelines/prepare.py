@@ -172,7 +172,8 @@ def _read(
     task = functools.partial(partitions.read, data=data, staging=staging)
     # The largest first: what is worked on last should be small.
     order = sorted(enumerate(parts), key=lambda part: -sum(file.wanted for file in part[1]))
-    answers = streaming.over_partitions(order, task, config.prepare.tasks)
+    sizes = [sum(file.wanted for file in files) for _, files in order]
+    answers = streaming.over_partitions(order, task, config.prepare.tasks, sizes)
     cleaned: list[Cleaned] = []
     for done, part in enumerate(answers, start=1):
         cleaned.append(part)
@@ -277,7 +278,8 @@ def _encode(
     lineage: list[FileEntry] = []
     # A partition may have become several parts, or none: the bar's second half is a share.
     half = bar.total // 2
-    for written, origin in streaming.over_partitions(work, task, config.prepare.tasks):
+    tasks, shares = config.prepare.tasks, [sizes[piece.part] for piece in work]
+    for written, origin in streaming.over_partitions(work, task, tasks, shares):
         shards += written
         lineage.append(origin)
         bar.update(half + half * len(lineage) // len(work), "encode")

@@ -1,11 +1,12 @@
-"""Ray Data as `prepare` uses it: one block per partition, small answers to the driver."""
+"""Ray Data as `prepare` uses it: a few partitions to a block, small answers to the driver."""
 
 import functools
 import logging
 import pickle
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -14,20 +15,35 @@ from cluster.errors import HeliostatError
 Work = TypeVar("Work")
 Answer = TypeVar("Answer")
 
+MOST_PIECES = 8
+"""Of one Ray task. Between two tasks a core stands still for some 0.1 s, the time that Ray Data's
+loop waits at a time: little beside eight partitions."""
+TELL_EVERY = 0.5
+"""Seconds of work after which a task tells the answers that it has."""
+
 
 def over_partitions(
-    work: Sequence[Work], task: Callable[[Work], Answer], tasks: int
+    work: Sequence[Work],
+    task: Callable[[Work], Answer],
+    tasks: int,
+    sizes: Sequence[int] | None = None,
 ) -> Iterator[Answer]:
     """Stream pieces of work through Ray Data tasks; answers come in any order.
 
     Args:
         task: called once per piece, in a worker. Its errors of ours come out here as themselves.
         tasks: most that run at once; 0 for what the cluster has room for.
+        sizes: how much work each piece is, if they differ.
     """
     import ray.data
 
+    # A cluster that has no node yet may get some.
+    slots = tasks or max(1, int(ray.cluster_resources().get("CPU", 0)))
+    shares = portions(sizes or [1] * len(work), slots)
     # Not `from_arrow`, which starts a task for each block to ask for its size.
-    blocks = [pa.table({"work": [pickle.dumps(piece)]}) for piece in work]
+    blocks = [
+        pa.table({"work": [pickle.dumps(work[share.start : share.stop])]}) for share in shares
+    ]
     answers = ray.data.from_blocks(blocks).map_batches(
         functools.partial(_run_block, task=task),
         batch_size=None,
@@ -35,10 +51,32 @@ def over_partitions(
         compute=ray.data.TaskPoolStrategy(size=tasks or None),
     )
     for block in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for answer in map(pickle.loads, block.column("answer").to_pylist()):
-            if isinstance(answer, HeliostatError):
-                raise answer
-            yield answer
+        for told in map(pickle.loads, block.column("answers").to_pylist()):
+            for answer in told:
+                if isinstance(answer, HeliostatError):
+                    raise answer
+                yield answer
+
+
+def portions(sizes: Sequence[int], slots: int) -> list[range]:
+    """Runs of pieces that one task works on, in order: many while much is left, one by one in the
+    end, so that all slots are done at about the same time (guided self-scheduling, Polychronopoulos
+    and Kuck 1987, with half of a slot's share).
+
+    Args:
+        slots: tasks that run at once.
+    """
+    left, begin = sum(sizes), 0
+    found: list[range] = []
+    while begin < len(sizes):
+        share, end = left / (2 * slots), begin + 1
+        took = sizes[begin]
+        while end < len(sizes) and end - begin < MOST_PIECES and took + sizes[end] <= share:
+            took += sizes[end]
+            end += 1
+        found.append(range(begin, end))
+        left, begin = left - took, end
+    return found
 
 
 @contextmanager
@@ -52,20 +90,36 @@ def set_up(labels: Mapping[str, str]) -> Iterator[None]:
 
     context, log = DataContext.get_current(), logging.getLogger("ray.data")
     before = context.enable_progress_bars, log.level, context.execution_options.label_selector
+    block_size = context.target_max_block_size
     context.enable_progress_bars = False
+    context.target_max_block_size = 1  # what a task tells goes out at once
     context.execution_options.label_selector = dict(labels) or None
     log.setLevel(logging.ERROR)
     try:
         yield
     finally:
         context.enable_progress_bars = before[0]
+        context.target_max_block_size = block_size
         context.execution_options.label_selector = before[2]
         log.setLevel(before[1])
 
 
-def _run_block(block: pa.Table, *, task: Callable[[Work], Answer]) -> pa.Table:
-    answers = [_attempt(task, pickle.loads(raw)) for raw in block.column("work").to_pylist()]
-    return pa.table({"answer": pa.array(map(pickle.dumps, answers), pa.binary())})
+def _run_block(block: pa.Table, *, task: Callable[[Work], Answer]) -> Iterator[pa.Table]:
+    (raw,) = block.column("work").to_pylist()
+    answers: list[Answer | HeliostatError] = []
+    told = time.monotonic()
+    for piece in pickle.loads(raw):
+        answers.append(_attempt(task, piece))
+        if isinstance(answers[-1], HeliostatError):
+            break
+        if time.monotonic() - told > TELL_EVERY:
+            yield _telling(answers)
+            answers, told = [], time.monotonic()
+    yield _telling(answers)
+
+
+def _telling(answers: list[Any]) -> pa.Table:
+    return pa.table({"answers": pa.array([pickle.dumps(answers)], pa.binary())})
 
 
 def _attempt(task: Callable[[Work], Answer], piece: Work) -> Answer | HeliostatError:
