@@ -183,6 +183,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndar
             yield _spelled_out(tokenizer, text, control, dtype) if control[ids].any() else ids
 
 
+@functools.lru_cache(maxsize=4)
 def vocab_size(tokenizer: Tokenizer) -> int:
     """Rows that an embedding needs: some tokenizers leave ids out."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

@@ -1,5 +1,6 @@
 """What sources are made of: plain data that travels to whoever reads it."""
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -74,7 +75,7 @@ class SourceFile:
     span: tuple[int, int] | None = None
     """Only the records that begin in these bytes; None for all of them."""
 
-    @property
+    @functools.cached_property
     def extension(self) -> str:
         """Lower case, of what is inside: `.txt` for `a.TXT.gz`."""
         return extension_of(self.location)
