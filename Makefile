@@ -9,8 +9,9 @@ BIN := .venv/bin
 setup: .venv/.installed
 demo: setup ; $(BIN)/heliostat up gpt-demo
 check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
-test: setup ; $(BIN)/pytest -m 'not chaos and not hosts' tests/unit tests/local_cluster
-test-unit: setup ; $(BIN)/pytest -m 'not chaos' tests/unit
+test: test-unit ; $(BIN)/pytest -m 'not chaos' tests/local_cluster
+# Two at once; a file's tests stay together, since they share what they build.
+test-unit: setup ; $(BIN)/pytest -n 2 --dist loadfile -m 'not chaos' tests/unit
 test-chaos: setup ; $(BIN)/pytest -m chaos tests
 # Needs root, and apt-get install iproute2 openssh-server rsync; it says what is missing.
 test-hosts: setup ; $(BIN)/pytest -v -s --timeout=1800 tests/hosts
