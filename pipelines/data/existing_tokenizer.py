@@ -10,6 +10,7 @@ from pyarrow import fs
 from tokenizers import Tokenizer
 
 from cluster.errors import SourceError
+from pipelines.data.sources.opening import located
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 NAMES = (
@@ -82,7 +83,7 @@ def _files(path: str) -> dict[str, bytes]:
     """Those of `FILES` that are there."""
     try:
         if "://" in path:
-            filesystem, base = fs.FileSystem.from_uri(path)
+            filesystem, base = located(path)
         else:
             filesystem, base = fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
         found = {}

@@ -18,12 +18,16 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow import fs
 
 from cluster.errors import SourceError
 from pipelines.data import images, sources
 from pipelines.data.images import RawImage
 from pipelines.data.sources import Lines, RawText, Reading, Reject, opening
 from tests import fakes, piles
+from tests.buckets import s3_server
+
+__all__ = ["s3_server"]
 
 TEXTS = [piles.CHINESE, 'quoted "text", with commas;\nand two lines', "第三篇"]
 
@@ -286,6 +290,26 @@ def test_files_are_read_over_http_alone_and_from_a_list(tmp_path: Path, web: str
     assert isinstance(gone, Reject) and "vanished" in gone.reason
     with pytest.raises(SourceError, match="cannot be reached"):
         sources.listing([str(listed)], "text")
+
+
+def test_objects_of_a_bucket_are_read_as_a_folder_by_pattern_and_from_a_list(
+    tmp_path: Path, s3_server: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3_server}")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    bucket, _ = fs.FileSystem.from_uri("s3://pile?region=us-east-1&allow_bucket_creation=true")
+    bucket.create_dir("pile/书")
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": TEXTS}), sink)
+    objects = {"a.txt": TEXTS[0].encode(), "b.jsonl.gz": gzip.compress(b'{"text": "b"}')}
+    for name, raw in (objects | {"c.parquet": sink.getvalue()}).items():
+        with bucket.open_output_stream(f"pile/书/{name}", compression=None) as stream:
+            stream.write(raw)
+    assert len(piles.texts(piles.read("s3://pile/书"))) == 2 + len(TEXTS)
+    assert piles.texts(piles.read("s3://pile/书/a*")) == [(None, TEXTS[0])]
+    listed = tmp_path / "files.urls"
+    listed.write_text("s3://pile/书/c.parquet\ns3://pile/%E4%B9%A6/b.jsonl.gz\n", "utf-8")
+    assert len(piles.texts(piles.read(listed))) == 1 + len(TEXTS)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,10 @@ def test_glob_file_and_uri_name_the_same_files(tmp_path: Path) -> None:
     assert [f.inside for f in globbed.files] == ["a.txt", "b.txt"]
     uri = sources.listing([f"file://{tmp_path}"], "text")
     assert [f.inside for f in uri.files] == ["a.txt", "b.txt", "c.md"]
+    (tmp_path / "诗 二").mkdir()
+    (tmp_path / "诗 二" / "d.txt").write_text("d")
+    (chinese,) = sources.listing([f"file://{tmp_path}/诗 二/*.txt"], "text").files
+    assert chinese.inside == "d.txt"
     single = sources.listing([f"{tmp_path}/a.txt"] * 2, "text")
     assert [f.path for f in single.files] == [f"{tmp_path}/a.txt"]
 

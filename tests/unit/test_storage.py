@@ -7,7 +7,6 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,12 @@ from cluster import durable
 from cluster.errors import ArtifactError, StorageError, StorageRootError
 from cluster.manifest import COMMIT, LOCK, MANIFEST, SCHEMA_VERSION
 from cluster.storage import Artifact, Manifest, Store
+from tests.buckets import s3_server
 from tests.fakes import commit
 
+__all__ = ["s3_server"]
+
 FILES = {"a.bin": b"alpha" * 100, "deep/er/b.bin": b"beta", "empty": b"", "中文.txt": "文".encode()}
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[int]:
-    """Port of an S3 of our own in this process."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        yield server.get_host_and_port()[1]
-    server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])

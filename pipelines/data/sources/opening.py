@@ -10,6 +10,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -17,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
+from urllib.parse import quote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -118,9 +120,21 @@ def _open_http(url: str) -> IO[bytes]:
     return cast(IO[bytes], http_filesystem().open(url, "rb", block_size=0))
 
 
+def located(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a URI and the path in it. People write names as they read them; pyarrow
+    takes what is not ASCII, and spaces, with per cent signs only.
+
+    Raises:
+        OSError, ValueError: if there is no such filesystem, or the URI is none.
+    """
+    spelled = re.sub(r"[^!-~]+", lambda match: quote(match[0]), uri)
+    found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(spelled)
+    return found
+
+
 @functools.cache
 def _filesystem(root: str) -> fs.FileSystem:
-    return fs.FileSystem.from_uri(root)[0]
+    return located(root)[0]
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from pyarrow import fs
 from cluster.errors import SourceError
 from pipelines.data.sources import saved
 from pipelines.data.sources.files import Listing, SourceFile
-from pipelines.data.sources.opening import http_filesystem, is_http, open_binary, why
+from pipelines.data.sources.opening import http_filesystem, is_http, located, open_binary, why
 
 
 def listing(source: str) -> Listing:
@@ -25,7 +25,7 @@ def listing(source: str) -> Listing:
         return Listing((_http_file(source),))
     root = source.split("*", 1)[0].rpartition("/")[0] if "*" in source else source
     try:
-        filesystem, base = fs.FileSystem.from_uri(root)
+        filesystem, base = located(root)
         return list_filesystem(source, root, filesystem, base.rstrip("/"))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -40,7 +40,7 @@ def local_path(uri: str) -> str:
     """
     root = uri.split("*", 1)[0].rpartition("/")[0] if "*" in uri else uri
     try:
-        base: str = fs.FileSystem.from_uri(root)[1]
+        base = located(root)[1]
     except (OSError, ValueError) as error:
         raise SourceError(f"data.sources: {uri} cannot be listed: {error}") from None
     return base + uri[len(root) :]
