@@ -98,7 +98,8 @@ class Blocks:
 
         labels = DataContext.get_current().execution_options.label_selector
         self._asked.append((compute.size, labels))
-        return Blocks([task(block) for block in self.blocks], self._asked)
+        answers = [answer for block in self.blocks for answer in task(block)]
+        return Blocks(answers, self._asked)
 
     def iter_batches(self, **options: Any) -> Iterator[Any]:
         return iter(self.blocks)
@@ -111,6 +112,7 @@ def prepared(config: RunConfig) -> tuple[Artifact, list[Any]]:
     asked: list[Any] = []
     with patched() as patch:
         patch.setattr(prepare, "session", joined)
+        patch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
         patch.setattr(ray.data, "from_blocks", lambda blocks: Blocks(blocks, asked))
         artifact = prepare.run(config).artifact
     assert artifact is not None
