@@ -38,6 +38,16 @@ CASES = {
             "train.activation_checkpointing=true",
         ],
     ),
+    "deep, compiled": (
+        1,
+        [
+            *DEEP,
+            "train.global_batch=4",
+            "train.zero_stage=0",
+            "train.precision=autocast",
+            "train.compile=true",
+        ],
+    ),
     "deep, chunks": (
         1,
         [*DEEP, "train.global_batch=4", "train.zero_stage=0", "train.loss_chunk=256"],
