@@ -156,10 +156,6 @@ def main(raw: str) -> None:
 
     side = Side(**json.loads(raw))
     torch.set_num_threads(side.threads)
-    if side.loop == "heliostat":
-        from pipelines.training.threads import compute_on
-
-        compute_on(side.threads)  # as `loop.join_world` does
     torch.set_flush_denormal(True)
     if side.loop != "trainer":  # which would take these for its own
         _join(side)
@@ -261,6 +257,7 @@ def plain(side: Side, gate: Gate) -> None:
 def heliostat(side: Side, gate: Gate) -> None:
     """Ours, whole but for Ray: the gate stands where the loop asks for its next batch."""
     from pipelines.training import loop
+    from pipelines.training.threads import compute_on
 
     class Gated(loop.BatchSource):
         def between(self, first: int, *rest: int) -> Iterator[Any]:
@@ -276,9 +273,13 @@ def heliostat(side: Side, gate: Gate) -> None:
         def put(self, row: dict[str, float]) -> None:
             gate.loss = row["loss"]
 
+    def joined(config: RunConfig) -> Any:
+        compute_on(side.threads)
+        return world
+
     world, config = _world(side), side.config
     loop.BatchSource, loop._Board = Gated, Last  # type: ignore[misc]
-    loop.join_world = lambda config: world
+    loop.join_world = joined
     corpus = Store(config.storage.root).latest("corpus", config.name)
     assert corpus is not None
     name = f"{side.name}-{os.getppid()}".lower().replace(" ", "-").replace(",", "")

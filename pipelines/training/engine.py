@@ -287,8 +287,8 @@ def _build_model(config: RunConfig, family: Family, facts: Facts) -> Any:
 def _compiles_attention(config: RunConfig, precision: zero.Precision, device: str) -> bool:
     """Whether attention is faster as the compiler fuses it than as PyTorch's own kernel.
 
-    So on a CPU in bf16 over short rows: forward and backward took 0.6 of the kernel's time at 512
-    tokens of 4 heads of 64, and twice its time at 1024; in fp32 nothing was gained.
+    So on a CPU in bf16 over short rows: the kernel's backward pass is slow there. The square of a
+    long row costs more than the kernel, and in fp32 nothing is gained.
     """
     short = isinstance(config.data, TextData) and config.data.sequence_length <= SHORT_ROW
     return config.train.compile and device == "cpu" and precision != "fp32" and short
