@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 from pyarrow import fs
 
@@ -32,6 +33,18 @@ from cluster.staging import Staging
 _DIRECTORY = re.compile(r"^(?P<name>[a-z0-9][a-z0-9._-]*)@(?P<version>[1-9][0-9]*)$")
 
 
+def located(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a URI and the path in it. People write names as they read them; pyarrow
+    takes what is not ASCII, and spaces, with per cent signs only.
+
+    Raises:
+        OSError, ValueError: if there is no such filesystem, or the URI is none.
+    """
+    spelled = re.sub(r"[^!-~]+", lambda match: quote(match[0]), uri)
+    found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(spelled)
+    return found
+
+
 @dataclass(frozen=True)
 class Store:
     """A storage root."""
@@ -42,7 +55,7 @@ class Store:
     def _opened(self) -> tuple[fs.FileSystem, str]:
         try:
             if "://" in self.root:
-                filesystem, base = fs.FileSystem.from_uri(self.root)
+                filesystem, base = located(self.root)
                 return filesystem, base.rstrip("/")
             return fs.LocalFileSystem(), str(Path(os.path.expanduser(self.root)).absolute())
         except (OSError, ValueError) as error:

@@ -76,7 +76,7 @@ def load_engine(artifact: Artifact, options: Mapping[str, Any]) -> Engine:
         ArtifactError: if a file is missing or damaged.
         ServingError: if the model does not answer as it did when it was published.
     """
-    from serving.engines.loading import Options, open_generation, torch_threads
+    from serving.engines.loading import Options, apart, open_generation
     from serving.engines.prediction import PredictionEngine
 
     detail = artifact.manifest.detail
@@ -91,10 +91,9 @@ def load_engine(artifact: Artifact, options: Mapping[str, Any]) -> Engine:
                 context_length=int(detail["context_length"]),
                 records=detail.get("prompts", ()),
             )
-        torch_threads(asked.threads)
         return PredictionEngine(
             artifact.id,
-            family.predictor(folder),
+            apart(asked.threads, lambda: family.predictor(folder)),
             max_batch=asked.slots,
             max_waiting=asked.max_waiting,
         )

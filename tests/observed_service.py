@@ -5,6 +5,7 @@ import asyncio
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,7 +167,8 @@ def threads(config: RunConfig) -> int:
     model, before = tiny_model.publish(open_store(config), Path("tiny")), torch.get_num_threads()
     try:
         load_engine(model, options).close()
-        return torch.get_num_threads()
+        with ThreadPoolExecutor(1) as later:  # as the engine's own thread is
+            return later.submit(torch.get_num_threads).result()
     finally:
         torch.set_num_threads(before)
 

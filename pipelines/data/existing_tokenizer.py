@@ -10,7 +10,7 @@ from pyarrow import fs
 from tokenizers import Tokenizer
 
 from cluster.errors import SourceError
-from pipelines.data.sources.opening import located
+from cluster.storage import located
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 NAMES = (

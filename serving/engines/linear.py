@@ -86,6 +86,41 @@ class Packed:
         return up._combined(x, self._raw(x, "swish"), up._weight, up._bias, "mul")
 
 
+class Both(Packed):
+    """fp32 twice: packed for several rows, and transposed for one.
+
+    For one row a product takes as long as its weights take to be read, and MKL reads a transposed
+    matrix as fast as memory gives it. Costs the weights' memory again.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        import torch
+
+        super().__init__(weight, bias)
+        self._transposed = weight.t().contiguous()
+        self._mm, self._addmm, self._silu = torch.mm, torch.addmm, torch.nn.functional.silu
+
+    def _one(self, x: torch.Tensor) -> torch.Tensor:
+        if self._bias is None:
+            return self._mm(x, self._transposed)
+        return self._addmm(self._bias, x, self._transposed)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._one(x) if len(x) == 1 else super().__call__(x)
+
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        if len(x) > 1:
+            return super().plus(x, other)
+        if self._bias is not None:
+            other = other + self._bias
+        return self._addmm(other, x, self._transposed)
+
+    def gated(self, x: torch.Tensor, up: Both) -> torch.Tensor:  # type: ignore[override]
+        if len(x) > 1:
+            return super().gated(x, up)
+        return self._silu(self._one(x), inplace=True).mul_(up._one(x))
+
+
 class Int8:
     """8-bit weights with a scale per output, 8-bit inputs with a scale per row.
 
@@ -132,7 +167,7 @@ class Int8:
         return self._silu(self._raw(*quantized), inplace=True).mul_(up._raw(*quantized))
 
 
-Kind = type[Plain] | type[Packed] | type[Int8]
+Kind = type[Plain] | type[Packed] | type[Both] | type[Int8]
 
 
 def converted(weight: torch.Tensor, precision: Precision) -> torch.Tensor:

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from cluster.errors import CapacityError, ServingError
 from serving.engines import parity
 from serving.engines.fast import FastRunner
 from serving.engines.general import GeneralRunner
 from serving.engines.generation import GenerationEngine
-from serving.engines.linear import SAME, Int8, Kind, Packed, Plain, Precision, converted, seconds
+from serving.engines.linear import (
+    SAME,
+    Both,
+    Int8,
+    Kind,
+    Packed,
+    Plain,
+    Precision,
+    converted,
+    seconds,
+)
 from serving.engines.llama import Shape, fits
 from serving.engines.runner import Runner
 
 Asked = Literal["auto", "fp32", "bf16", "int8"]
+TWICE = 0.05
+"""Share of the machine's memory that a second copy of the weights may take."""
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,19 @@ def open_generation(
     Raises:
         ServingError: if the model does not answer as it did when it was published.
     """
-    torch_threads(options.threads)
+    runner = apart(
+        options.threads, lambda: _proved(model, folder, options, context_length, records)
+    )
+    return GenerationEngine(model, runner, max_waiting=options.max_waiting)
+
+
+def _proved(
+    model: str,
+    folder: Path,
+    options: Options,
+    context_length: int,
+    records: Sequence[Mapping[str, Any]],
+) -> Runner:
     runner = open_runner(folder, context_length, options)
     try:
         parity.check(model, runner, records)
@@ -72,13 +98,20 @@ def open_generation(
         parity.check(model, runner, records)
     if not records:
         log.warning("%s was published without prompts to replay: it is served unproved", model)
-    return GenerationEngine(model, runner, max_waiting=options.max_waiting)
+    return runner
 
 
-def torch_threads(count: int) -> None:
+def apart(threads: int, load: Callable[[], T]) -> T:
+    """Load in a thread that ends, with as many threads as threads that begin later compute on.
+
+    Each thread that computes has a pool of its own. With more threads in all pools than there are
+    cores, libgomp lets those that wait sleep (`do_spin` in its config/linux/wait.h): with the pool
+    of the one that loaded beside it, every step would wake its own some hundred times.
+    """
     import torch
 
-    torch.set_num_threads(count)
+    with ThreadPoolExecutor(1, "loading", torch.set_num_threads, (threads,)) as once:
+        return once.submit(load).result()
 
 
 def open_runner(folder: Path, context_length: int, options: Options) -> Runner:
@@ -145,6 +178,7 @@ def _check_room(shape: Shape, rows: int, length: int, gpu: bool) -> None:
 
 
 def _held_as(model: Any, options: Options, gpu: bool) -> tuple[Precision, Kind]:
+    import psutil
     import torch
 
     if gpu:
@@ -152,14 +186,18 @@ def _held_as(model: Any, options: Options, gpu: bool) -> tuple[Precision, Kind]:
         published: Precision = "fp32" if model.dtype == torch.float32 else "bf16"
         return wanted or published, Plain
     precision: Precision = "fp32" if options.precision == "auto" else options.precision
-    return choose_kind(Shape.of(model.config), precision)
+    twice = 4 * model.num_parameters() < TWICE * psutil.virtual_memory().total
+    return choose_kind(Shape.of(model.config), precision, twice=twice)
 
 
-def choose_kind(shape: Shape, precision: Precision) -> tuple[Precision, Kind]:
+def choose_kind(shape: Shape, precision: Precision, *, twice: bool) -> tuple[Precision, Kind]:
     """What holds the weights on this machine: right first, then fast.
 
     A way counts only if a product of the model's size comes out right; a lower precision only if
     it is faster than fp32 at one of the probed batch sizes or more.
+
+    Args:
+        twice: whether there is room for the weights in two layouts.
     """
     import torch
 
@@ -167,6 +205,7 @@ def choose_kind(shape: Shape, precision: Precision) -> tuple[Precision, Kind]:
     weight = torch.randn(4 * shape.hidden, shape.hidden, generator=generator) * shape.hidden**-0.5
     times: dict[tuple[Precision, Kind], list[float]] = {}
     candidates: list[tuple[Precision, Kind]] = [("fp32", Packed), ("fp32", Plain)]
+    candidates += [("fp32", Both)] if twice else []
     if precision != "fp32":
         candidates += [(precision, Int8)] if precision == "int8" else [("bf16", Packed)]
     for held, kind in candidates:
@@ -177,6 +216,8 @@ def choose_kind(shape: Shape, precision: Precision) -> tuple[Precision, Kind]:
     packed = times.get(("fp32", Packed), [math.inf])
     # What other processes do at this moment must not decide between equals.
     exact: tuple[Precision, Kind] = ("fp32", Packed if sum(packed) < 1.2 * sum(plain) else Plain)
+    if exact[1] is Packed and times.get(("fp32", Both), packed)[0] < packed[0] / 1.1:
+        exact = "fp32", Both
     lower = [pair for pair in times if pair[0] != "fp32" and sum(times[pair]) < sum(times[exact])]
     if precision != "fp32" and not lower:
         log.warning("%s is not faster than fp32 on this machine: fp32 it is", precision)

@@ -8,7 +8,7 @@ import torch
 
 from cluster.errors import CapacityError
 from serving.engines.fast import FastRunner
-from serving.engines.linear import SAME, Int8, Packed, Plain, converted
+from serving.engines.linear import SAME, Both, Int8, Packed, Plain, converted
 from serving.engines.llama import Shape, fits
 from serving.engines.loading import Options, choose_kind, open_runner
 from serving.engines.runner import Feed
@@ -74,7 +74,7 @@ def logits_of(runner: FastRunner, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("kind", [Plain, Packed])
+@pytest.mark.parametrize("kind", [Plain, Packed, Both])
 def test_logits_are_those_of_the_models_own_code(name: str, kind: Any, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -110,11 +110,21 @@ def test_what_this_code_does_not_compute_is_left_to_the_models_own(unfit: Any) -
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [(Plain, "fp32"), (Packed, "fp32"), (Plain, "bf16"), (Packed, "bf16"), (Int8, "int8")],
+    [
+        (Plain, "fp32"),
+        (Packed, "fp32"),
+        (Both, "fp32"),
+        (Plain, "bf16"),
+        (Packed, "bf16"),
+        (Int8, "int8"),
+    ],
 )
-def test_products_and_what_is_fused_with_them_are_right(kind: Any, precision: Any) -> None:
+@pytest.mark.parametrize("rows", [1, 5])
+def test_products_and_what_is_fused_with_them_are_right(
+    kind: Any, precision: Any, rows: int
+) -> None:
     torch.manual_seed(0)
-    x, other = torch.randn(5, 48), torch.randn(5, 80)
+    x, other = torch.randn(rows, 48), torch.randn(rows, 80)
     weight, up, bias = torch.randn(80, 48), torch.randn(80, 48), torch.randn(80)
     held = bias.bfloat16() if precision == "bf16" else bias
     with torch.inference_mode():
@@ -178,8 +188,9 @@ def test_in_constant_shape_rounding_does_not_depend_on_company(folder: Path) -> 
 
 def test_the_weights_are_held_by_what_is_right_and_fast_here(folder: Path) -> None:
     shape = Shape(2, 4, 4, 64, 256, 1e-5, 512)
-    assert choose_kind(shape, "fp32")[0] == "fp32"
-    assert choose_kind(shape, "bf16")[0] in ("bf16", "fp32")
+    assert choose_kind(shape, "fp32", twice=True)[0] == "fp32"
+    assert choose_kind(shape, "fp32", twice=False)[1] is not Both
+    assert choose_kind(shape, "bf16", twice=True)[0] in ("bf16", "fp32")
     with pytest.raises(ValueError, match="fp64"):
         open_runner(folder, 128, Options(slots=1, precision="fp64"))  # type: ignore[arg-type]
 

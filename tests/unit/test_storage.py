@@ -32,7 +32,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     port = request.getfixturevalue("s3_server")
     bucket = hashlib.sha256(str(tmp_path).encode()).hexdigest()[:20]
     opened = Store(
-        f"s3://{bucket}/team/root?endpoint_override=127.0.0.1:{port}&scheme=http"
+        f"s3://{bucket}/team/根 root?endpoint_override=127.0.0.1:{port}&scheme=http"
         "&region=us-east-1&allow_bucket_creation=true"
     )
     opened.check_writable()

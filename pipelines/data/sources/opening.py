@@ -10,7 +10,6 @@ import gzip
 import io
 import lzma
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -18,11 +17,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
-from urllib.parse import quote
 
 import pyarrow as pa
 from pyarrow import fs
 
+from cluster.storage import located
 from pipelines.data.sources.files import SourceFile
 
 MAX_EXPANSION = 250
@@ -118,18 +117,6 @@ def _open_remote(file: SourceFile) -> IO[bytes]:
 def _open_http(url: str) -> IO[bytes]:
     """A stream, because not every server can be asked for a part of a file."""
     return cast(IO[bytes], http_filesystem().open(url, "rb", block_size=0))
-
-
-def located(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a URI and the path in it. People write names as they read them; pyarrow
-    takes what is not ASCII, and spaces, with per cent signs only.
-
-    Raises:
-        OSError, ValueError: if there is no such filesystem, or the URI is none.
-    """
-    spelled = re.sub(r"[^!-~]+", lambda match: quote(match[0]), uri)
-    found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(spelled)
-    return found
 
 
 @functools.cache

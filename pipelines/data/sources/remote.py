@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 from pyarrow import fs
 
 from cluster.errors import SourceError
+from cluster.storage import located
 from pipelines.data.sources import saved
 from pipelines.data.sources.files import Listing, SourceFile
-from pipelines.data.sources.opening import http_filesystem, is_http, located, open_binary, why
+from pipelines.data.sources.opening import http_filesystem, is_http, open_binary, why
 
 
 def listing(source: str) -> Listing:
