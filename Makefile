@@ -14,7 +14,7 @@ test: test-unit ; $(BIN)/pytest -m 'not chaos' tests/local_cluster
 test-unit: setup ; $(BIN)/pytest -n 2 --dist loadfile -m 'not chaos' tests/unit
 test-chaos: setup ; $(BIN)/pytest -m chaos tests
 # Needs root, and apt-get install iproute2 openssh-server rsync; it says what is missing.
-test-hosts: setup ; $(BIN)/pytest -v -s --timeout=1800 tests/hosts
+test-hosts: setup ; $(BIN)/pytest -v -s --durations=0 --timeout=1800 tests/hosts
 bench: setup ; $(BIN)/python benchmarks/main_job.py
 
 # torch goes first and alone, so that the build that pip is set up to offer is the one taken.

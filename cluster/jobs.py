@@ -9,7 +9,8 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Callable, Sequence
+import urllib.parse
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,18 @@ from cluster.access import read_token
 from cluster.chain import between
 from cluster.config import RunConfig
 from cluster.errors import ClusterError, UsageError
+from cluster.panels import TRAINING
+from cluster.spending import Held, dollars
 from cluster.stages import BY_VERB
 from cluster.upload import Upload, measure
 
 RECONNECT_SECONDS = 2.0
 PATIENCE = 30
 """Times in a row that a log may break off before following it is given up."""
+PRICE = "price"
+"""Of a device, among what a job's metadata tells."""
+GRAFANA = "http://localhost:3000"
+"""Where Ray's dashboard looks for it too (`RAY_GRAFANA_HOST`), at the end of a tunnel."""
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -52,6 +59,8 @@ class Wish:
     fresh: bool = False
     name: str | None = None
     """Of the job; made up without one."""
+    price: float | None = None
+    """USD per hour of a device."""
 
     @property
     def options(self) -> list[str]:
@@ -82,8 +91,20 @@ def order(wish: Wish, folder: Path) -> Order:
         wish.name or f"{config.name}-{wish.verb}-{secrets.token_hex(3)}",
         shlex.join(["python", "-m", "cluster.cli", *words]),
         measure(folder),
-        {"heliostat": wish.verb, "recipe": config.name, "root": config.storage.root},
+        _told(wish, config),
     )
+
+
+def _told(wish: Wish, config: RunConfig) -> dict[str, str]:
+    """Metadata, which the job's page in Ray's dashboard shows: what it is, and where to look on."""
+    told = {"heliostat": wish.verb, "recipe": config.name, "root": config.storage.root}
+    chosen = urllib.parse.urlencode({f"var-{TRAINING.variable}": config.name})
+    told["dashboards"] = f"{GRAFANA}/d/{TRAINING.uid}?{chosen}"
+    if config.registry.uri and config.registry.uri.startswith("http"):
+        told["mlflow"] = config.registry.uri
+    if wish.price is not None:
+        told[PRICE] = str(wish.price)
+    return told
 
 
 def _serves(wish: Wish) -> bool:
@@ -265,14 +286,28 @@ class Row:
     place: str
     """How far it is, such as `30/750 steps`."""
     goodput: str
+    cost: str = ""
+    """In USD, where it is known."""
 
 
-def listing(jobs: Any, now: float | None = None) -> list[Row]:
-    """The jobs that a cluster knows, the newest last."""
+def listing(jobs: Any, held: Iterable[Held] = (), now: float | None = None) -> list[Row]:
+    """The jobs that a cluster knows, the newest last.
+
+    Args:
+        held: what their workers had, of all jobs.
+    """
+    by_job: dict[str, list[Held]] = {}
+    for part in held:
+        by_job.setdefault(part.job, []).append(part)
     try:
         known = [info for info in jobs.list_jobs() if info.submission_id]
         return [
-            row(info, "" if info.status.value == "PENDING" else _log(jobs, info), now)
+            row(
+                info,
+                "" if info.status.value == "PENDING" else _log(jobs, info),
+                by_job.get(info.job_id or "", ()),
+                now,
+            )
             for info in sorted(known, key=lambda info: info.start_time or 0)
         ]
     except (RuntimeError, OSError) as error:
@@ -286,8 +321,8 @@ def _log(jobs: Any, info: Any) -> str:
         return ""  # of a node that is gone
 
 
-def row(info: Any, log: str, now: float | None = None) -> Row:
-    """What a job's log says of how far it is."""
+def row(info: Any, log: str, held: Iterable[Held] = (), now: float | None = None) -> Row:
+    """What a job's log says of how far it is, and what it has cost so far."""
     begun = (info.start_time or 0) / 1000
     ended = info.end_time / 1000 if info.end_time else (now or time.time())
     stage, reading = position(log)
@@ -299,7 +334,13 @@ def row(info: Any, log: str, now: float | None = None) -> Row:
         stage,
         place,
         reading.goodput if reading else "",
+        _cost(held, (info.metadata or {}).get(PRICE)),
     )
+
+
+def _cost(held: Iterable[Held], price: str | None) -> str:
+    found = dollars(held, float(price) if price else None)
+    return "" if found is None else f"{found:,.2f} USD"
 
 
 def position(log: str) -> tuple[str, progress.Reading | None]:

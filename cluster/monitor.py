@@ -6,6 +6,7 @@ loopback, where Ray's own dashboard looks for them on the head (`RAY_PROMETHEUS_
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,13 @@ class Place:
     """Address of Ray's dashboard."""
     prometheus_port: int = 9090
     grafana_port: int = 3000
+    mlflow: str = "http://127.0.0.1:5000"
+    """Address of the registry's page."""
+
+    @property
+    def links(self) -> dict[str, str]:
+        """Title -> address of what a dashboard leads to."""
+        return {"Ray": self.cluster, "MLflow": self.mlflow}
 
     @property
     def prometheus(self) -> str:
@@ -71,8 +79,11 @@ class Place:
         return f"http://127.0.0.1:{self.grafana_port}"
 
 
-def run(place: Place, *, only_write: bool) -> None:
+def run(place: Place, *, only_write: bool, patience: float = 0.0) -> None:
     """Write the configuration, start what is installed, stay until Ctrl-C or SIGTERM.
+
+    Args:
+        patience: seconds that the cluster may take to answer.
 
     Raises:
         UsageError: if Prometheus is not installed, or the token is in no file.
@@ -86,7 +97,7 @@ def run(place: Place, *, only_write: bool) -> None:
     if only_write:
         return
     commands = _commands(place)
-    nodes = Dashboard(place.cluster, token).get(TARGETS)
+    nodes = _sources(Dashboard(place.cluster, token), patience)
     with _started(place, commands) as processes:
         told = sum(len(entry["targets"]) for entry in nodes)
         progress.say(f"Prometheus: {place.prometheus}, {told} sources of {place.cluster}")
@@ -95,6 +106,17 @@ def run(place: Place, *, only_write: bool) -> None:
         else:
             progress.say("Grafana is not installed here (https://grafana.com/grafana/download)")
         _stay(place, processes)
+
+
+def _sources(dashboard: Dashboard, patience: float) -> Any:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return dashboard.get(TARGETS)
+        except ClusterError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(LOOK_SECONDS)
 
 
 def write(place: Place, token: Path | None, ray_dashboards: Path) -> None:
@@ -117,7 +139,7 @@ def write(place: Place, token: Path | None, ray_dashboards: Path) -> None:
         GRAFANA_INI.format(port=place.grafana_port, folder=folder), "utf-8"
     )
     for board in panels.BOARDS:
-        text = json.dumps(panels.grafana(board), indent=1)
+        text = json.dumps(panels.grafana(board, place.links), indent=1)
         (folder / "dashboards" / f"{board.uid}.json").write_text(text + "\n", "utf-8")
 
 
@@ -169,7 +191,8 @@ def _commands(place: Place) -> dict[str, list[str]]:
             f"--web.listen-address=127.0.0.1:{place.prometheus_port}",
         ]
     }
-    if grafana := shutil.which("grafana"):
+    # The package puts it where only the superuser's PATH looks.
+    if grafana := shutil.which("grafana", path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
         home = Path("/usr/share/grafana")  # of the packages; an unpacked archive has its own
         if not home.is_dir():
             home = Path(grafana).resolve().parents[1]

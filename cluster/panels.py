@@ -4,7 +4,7 @@ Names of metrics are those of `cluster.telemetry`, `serving.seen` and Ray, which
 the prefix `ray_` on every node.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from cluster.telemetry import PREFIX
 
 SOURCE = "heliostat-prometheus"
 """Uid of the data source that `heliostat monitor` provisions."""
+TAG = "heliostat"
 RUN = 'name=~"$name"'
 MODEL = 'model=~"$model"'
 WIDTH, HEIGHT, ACROSS = 8, 8, 3
@@ -168,12 +169,22 @@ SERVING = Board(
 BOARDS = (TRAINING, SERVING)
 
 
-def grafana(board: Board) -> dict[str, Any]:
-    """A dashboard as Grafana reads it from a file (schema version 39, Grafana 10 or newer)."""
+def grafana(board: Board, links: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A dashboard as Grafana reads it from a file (schema version 39, Grafana 10 or newer).
+
+    Args:
+        links: title -> address of other pages, shown at its top.
+    """
+    others = {"title": "Heliostat", "type": "dashboards", "tags": [TAG], "asDropdown": False}
+    pages = [
+        {"title": title, "type": "link", "url": url, "targetBlank": True}
+        for title, url in (links or {}).items()
+    ]
     return {
         "uid": board.uid,
         "title": board.title,
-        "tags": ["heliostat"],
+        "tags": [TAG],
+        "links": [others, *pages],
         "schemaVersion": 39,
         "refresh": "5s",
         "time": {"from": "now-30m", "to": "now"},
@@ -191,7 +202,6 @@ def _variable(board: Board) -> dict[str, Any]:
         "type": "query",
         "datasource": _source(),
         "query": {"query": query, "refId": "A"},
-        "definition": query,
         "refresh": 2,
         "includeAll": True,
         "multi": True,

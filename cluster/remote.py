@@ -3,6 +3,7 @@
 They talk to Ray's dashboard, usually through the tunnel that `ray dashboard FILE.yaml` opens.
 """
 
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,10 +71,13 @@ def submit(
     last: Annotated[str | None, typer.Option("--to", help="As of `up`.", metavar="STAGE")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Make new versions.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Return once it is taken.")] = False,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="USD per hour of a device; else a list price.")
+    ] = None,
 ) -> None:
     """Run a stage, or all of them, as a job of a cluster, and follow it; Ctrl-C detaches."""
     jobs: Any = import_module("cluster.jobs")
-    wish = jobs.Wish(verb, recipe, overrides or [], first, last, fresh, name)
+    wish = jobs.Wish(verb, recipe, overrides or [], first, last, fresh, name, price)
     wanted = jobs.order(wish, working_dir)
     client = jobs.client(address_of(address))
     progress.say(f"uploading {wanted.upload.line()}")
@@ -94,14 +98,18 @@ def submit(
 
 
 def list_jobs(address: Address = None) -> None:
-    """The cluster's jobs: state, stage, how far, goodput."""
+    """The cluster's jobs: state, stage, how far, goodput, cost of their devices so far."""
     jobs: Any = import_module("cluster.jobs")
-    rows = jobs.listing(jobs.client(address_of(address)))
-    header = ("job", "state", "for", "stage", "at", "goodput")
+    spending: Any = import_module("cluster.spending")
+    where = address_of(address)
+    client = jobs.client(where)
+    now = time.time()
+    rows = jobs.listing(client, spending.gather(Dashboard(where, read_token()), now), now)
+    header = ("job", "state", "for", "stage", "at", "goodput", "cost")
     cells: list[tuple[str, ...]] = [
-        (r.name, r.status, jobs.duration(r.age), r.stage, r.place, r.goodput) for r in rows
+        (r.name, r.status, jobs.duration(r.age), r.stage, r.place, r.goodput, r.cost) for r in rows
     ]
-    progress.table(address_of(address), header, cells)
+    progress.table(where, header, cells)
 
 
 def why(
@@ -130,6 +138,12 @@ def monitor(
     ] = Path("~/heliostat-monitor"),
     prometheus_port: Annotated[int, typer.Option(min=1, max=65535)] = 9090,
     grafana_port: Annotated[int, typer.Option(min=1, max=65535)] = 3000,
+    mlflow: Annotated[
+        str, typer.Option(metavar="URL", help="Of the registry's page, for a link to it.")
+    ] = "http://127.0.0.1:5000",
+    patience: Annotated[
+        float, typer.Option(min=0, help="Seconds that the cluster may take to answer.")
+    ] = 0.0,
     only_write: Annotated[
         bool, typer.Option("--only-write", help="Configuration and dashboards, starting nothing.")
     ] = False,
@@ -137,5 +151,5 @@ def monitor(
     """Prometheus, and Grafana with dashboards, on the head of a cluster, until Ctrl-C."""
     watching: Any = import_module("cluster.monitor")
     where = folder.expanduser().absolute()
-    place = watching.Place(where, address_of(address), prometheus_port, grafana_port)
-    watching.run(place, only_write=only_write)
+    place = watching.Place(where, address_of(address), prometheus_port, grafana_port, mlflow)
+    watching.run(place, only_write=only_write, patience=patience)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 
 from tests.checkout import REPOSITORY, checkout
 from tests.lab import STORE, Host, Lab
@@ -23,6 +24,8 @@ TREE += ("LICENSE", ".rayignore", ".gitignore")
 LAUNCHER = "on-prem.yaml"
 NODE_OPTIONS = "--num-cpus=1 --object-store-memory=150000000"
 """Of one CPU each, so that two workers are on two hosts."""
+PORT = 8000
+"""Of the service."""
 OLD_AUTOSCALER = {"RAY_UP_enable_autoscaler_v2": "0"}
 SENTENCES = (
     "the mirror follows the sun over the field",
@@ -72,7 +75,9 @@ class Launched:
         return (self.lab.laptop / ".ray/auth_token").read_text().strip()
 
     def environment(self) -> dict[str, str]:
-        return self.lab.environment(RAY_AUTH_MODE="token", RAY_API_SERVER_ADDRESS=self.url)
+        return self.lab.environment(
+            RAY_AUTH_MODE="token", RAY_API_SERVER_ADDRESS=self.url, COLUMNS="200"
+        )
 
     def command(self, *words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """A command on the laptop, in the working tree."""
@@ -110,6 +115,21 @@ class Launched:
         except httpx.HTTPError:
             return []
 
+    def answering(self, least: int, seconds: float = 180) -> list[Host]:
+        """Hosts that answer for the service, once there are so many."""
+        found: list[Host] = []
+
+        def enough() -> bool:
+            urls = {host: f"http://{host.address}:{PORT}/health" for host in self.lab.hosts}
+            found[:] = [host for host, url in urls.items() if _status(url) == 200]
+            return len(found) >= least
+
+        wait_until(enough, seconds, lambda: f"only {[host.name for host in found]} answer")
+        return found
+
+    def stop_serving(self) -> None:
+        ray(self, "exec", LAUNCHER, "~/heliostat-venv/bin/serve shutdown -y")
+
     def wait_for_nodes(self, count: int, seconds: float = 240) -> None:
         wait_until(lambda: len(self.alive()) == count, seconds, lambda: str(self.alive()))
 
@@ -124,13 +144,14 @@ def wait_until(
 
 
 @contextmanager
-def launched(lab: Lab, roles: Sequence[str] = ()) -> Iterator[Launched]:
+def launched(lab: Lab, roles: Sequence[str] = (), *, brief: bool = False) -> Iterator[Launched]:
     """Build the wheel, make the token, `ray up`; `ray down` at the end.
 
     Args:
         roles: label `role` of each host; none without.
+        brief: without the head's pages, and without `ray down`: hosts that end take all with them.
     """
-    tree = _working_tree(lab)
+    tree = _working_tree(lab, pages=not brief)
     _sources(lab.store / "sources")
     port = free_port()
     cluster = Launched(lab, tree, f"http://127.0.0.1:{port}")
@@ -144,7 +165,8 @@ def launched(lab: Lab, roles: Sequence[str] = ()) -> Iterator[Launched]:
         with _tunnel(cluster, port):
             yield cluster
     finally:
-        ray(cluster, "down", "-y", LAUNCHER)
+        if not brief:
+            ray(cluster, "down", "-y", LAUNCHER)
 
 
 def ray(cluster: Launched, *words: str, timeout: float = 600) -> str:
@@ -164,7 +186,7 @@ def ray(cluster: Launched, *words: str, timeout: float = 600) -> str:
     return done.stdout
 
 
-def _working_tree(lab: Lab) -> Path:
+def _working_tree(lab: Lab, *, pages: bool) -> Path:
     tree = checkout(lab.laptop / "heliostat", TREE)
     # The tools that build are there already, and no index is asked for them.
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
@@ -179,6 +201,11 @@ def _working_tree(lab: Lab) -> Path:
     ):
         assert old in text, old
         text = text.replace(old, new)
+    if not pages:
+        launcher = yaml.safe_load(text)
+        starts = launcher["head_start_ray_commands"]
+        launcher["head_start_ray_commands"] = [c for c in starts if "nohup" not in c]
+        text = yaml.safe_dump(launcher)
     (tree / LAUNCHER).write_text(text, "utf-8")
     return tree
 

@@ -1,6 +1,7 @@
 """The fields of Kubernetes and KubeRay manifests that ours use, strictly: a misspelt one fails.
 
-After the API references of KubeRay 1.6 (ray.io/v1) and Kubernetes (core/v1, networking.k8s.io/v1).
+After the API references of KubeRay 1.6 (ray.io/v1), Kubernetes (core/v1, networking.k8s.io/v1) and
+the Prometheus Operator (monitoring.coreos.com/v1).
 """
 
 from typing import Annotated, Any, Literal
@@ -21,6 +22,8 @@ Labels = dict[str, str]
 
 class Metadata(Strict):
     name: Name
+    namespace: Name | None = None
+    labels: Labels = {}
 
 
 class SecretKeyRef(Strict):
@@ -192,7 +195,31 @@ class NetworkPolicy(Strict):
     spec: PolicySpec
 
 
-Manifest = RayCluster | RayJob | RayService | NetworkPolicy
+class MetricsEndpoint(Strict):
+    port: str
+    interval: Annotated[str, Field(pattern=r"^\d+(ms|s|m|h)$")]
+
+
+class PodMonitorSpec(Strict):
+    selector: Selector
+    podMetricsEndpoints: Annotated[list[MetricsEndpoint], Field(min_length=1)]
+
+
+class PodMonitor(Strict):
+    apiVersion: Literal["monitoring.coreos.com/v1"]
+    kind: Literal["PodMonitor"]
+    metadata: Metadata
+    spec: PodMonitorSpec
+
+
+class ConfigMap(Strict):
+    apiVersion: Literal["v1"]
+    kind: Literal["ConfigMap"]
+    metadata: Metadata
+    data: dict[str, str]
+
+
+Manifest = PodMonitor | ConfigMap | RayCluster | RayJob | RayService | NetworkPolicy
 _ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Annotated[Manifest, Field(discriminator="kind")])
 
 

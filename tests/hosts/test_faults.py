@@ -1,25 +1,28 @@
-"""What happens to hosts while a cluster trains: each fault once, on three hosts of one CPU.
+"""What happens to hosts while a cluster works: each fault once, on three hosts of one CPU.
 
-Training on two of three hosts ends as if nothing had happened, and after the head's death one
-command brings the cluster back.
+Training on two of three hosts ends as if nothing had happened, the service answers on, and after
+the head's death one command brings the cluster back.
 """
 
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
+import httpx
 import pytest
 
 from cluster.journal import Journal
 from cluster.storage import Artifact, Store
 from tests.hunting import losses, weights_digest
 from tests.lab import Host
-from tests.launched import LAUNCHER, TINY, Launched, ray, wait_until
+from tests.launched import LAUNCHER, PORT, TINY, Launched, ray, wait_until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1800)]
 EVERY = 40
-TRAINING = ("train.steps=400", f"train.checkpoint_every={EVERY}", "train.max_failures=20")
+TRAINING = ("train.steps=240", f"train.checkpoint_every={EVERY}", "train.max_failures=20")
 RAYLET = "raylet/raylet "
 
 
@@ -102,6 +105,77 @@ def test_a_killed_raylet_changes_nothing(cluster: Launched, store: Store, calm: 
     assert "worker_lost" in events, events
     # The autoscaler starts Ray there again.
     cluster.wait_for_nodes(3, 180)
+
+
+def test_a_cut_network_changes_nothing(cluster: Launched, store: Store, calm: Artifact) -> None:
+    def fault() -> None:
+        host = training_host(cluster)
+        cluster.lab.cut(host)
+        time.sleep(20)
+        cluster.lab.mend(host)
+
+    check_the_same(disturbed(cluster, store, "cut", fault), calm)
+    cluster.wait_for_nodes(3, 180)
+
+
+class Load:
+    """Clients that ask the hosts in turn, and the next one where one does not answer."""
+
+    def __init__(self, urls: list[str], key: str) -> None:
+        self._urls, self._key = urls, key
+        self.answered, self.moved, self.failed = 0, list[str](), list[str]()
+        self._end = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(3)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, number: int) -> None:
+        body = {"model": "calm", "prompt": "the mirror", "max_tokens": 4}
+        headers = {"Authorization": f"Bearer {self._key}"}
+        while not self._end.is_set():
+            said = []
+            for url in self._urls[number:] + self._urls[:number]:
+                try:
+                    answer = httpx.post(
+                        f"{url}/v1/completions", json=body, headers=headers, timeout=20
+                    )
+                    said.append(str(answer.status_code))
+                except httpx.HTTPError as error:
+                    said.append(type(error).__name__)
+                if said[-1] == "200":
+                    self.answered += 1
+                    self.moved += said[:-1]
+                    break
+            else:
+                self.failed.append(", ".join(said))
+
+
+def test_a_lost_serve_node_is_not_noticed_by_who_asks_the_next(
+    cluster: Launched, calm: Artifact
+) -> None:
+    made = cluster.heliostat("keys", "create", "load", f"storage.root={cluster.lab.store}/root")
+    key = made.stdout.split()[-1]
+    Job(cluster, "calm", "--from", "evaluate", "serve.host=0.0.0.0", "serve.replicas=2").wait()
+    hosts = cluster.answering(2)
+    victim = next(host for host in hosts if host != cluster.head)
+    with Load([f"http://{host.address}:{PORT}" for host in hosts], key) as load:
+        wait_until(lambda: load.answered > 20, 120)
+        cluster.lab.kill(victim, RAYLET, "ray::", "haproxy", "ray/")
+        before = load.answered
+        wait_until(lambda: load.answered > before + 100, 180, lambda: str(load.failed[-5:]))
+    print(f"{load.answered} answered, of them by another host: {Counter(load.moved)}")
+    assert load.failed == [], f"{len(load.failed)} of {load.answered} failed: {load.failed[:5]}"
+    cluster.wait_for_nodes(3, 180)
+    assert victim in cluster.answering(len(hosts))
+    cluster.stop_serving()
 
 
 def test_the_head_comes_back_with_one_command(

@@ -1,5 +1,6 @@
 """What the laptop's commands say of a real cluster: check, jobs, why, doctor."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def test_data_and_training_keep_to_the_nodes_of_their_labels(cluster: Launched) 
     done = cluster.heliostat(
         *("submit", "up", "gpt-demo", "name=placed", *TINY, "--to", "pretrain", "--name", name),
         *("train.steps=20", "prepare.labels={role: data}", "train.labels={role: train}"),
+        "--price=3600",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     role = {node["node_id"]: node["labels"]["role"] for node in cluster.alive()}
@@ -88,6 +90,11 @@ def test_data_and_training_keep_to_the_nodes_of_their_labels(cluster: Launched) 
         if row["job_id"] == number and "MapBatches" in row["name"]
     }
     assert prepared == {"data"}
+    listed = cluster.heliostat("jobs")
+    line = next(row for row in listed.stdout.splitlines() if name in row)
+    # A dollar per second of a worker.
+    spent = re.search(r"([\d,]+\.\d\d) USD", line)
+    assert spent is not None and 2 < float(spent[1].replace(",", "")) < 1200, line
 
 
 def test_no_half_of_a_group_is_held(cluster: Launched) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from cluster import jobs, progress
+from cluster import jobs, progress, spending
+from cluster.dashboard import Dashboard
 from cluster.errors import ConfigError, UsageError
+from cluster.hardware import price_per_device
 from cluster.upload import LARGEST, measure
+from tests.dashboards import dashboard
 
 ROOT = "storage.root=/mnt/heliostat"
 
@@ -165,6 +168,8 @@ class Info:
     start_time: int
     end_time: int | None = None
     driver_exit_code: int | None = None
+    job_id: str | None = None
+    metadata: dict[str, str] | None = None
 
 
 class Cluster:
@@ -172,8 +177,8 @@ class Cluster:
 
     def list_jobs(self) -> list[Info]:
         return [
-            Info("newer", Status("RUNNING"), 100_000),
-            Info("older", Status("FAILED"), 10_000, 75_000, 2),
+            Info("newer", Status("RUNNING"), 100_000, job_id="0200"),
+            Info("older", Status("FAILED"), 10_000, 75_000, 2, "0100", {"price": "2.5"}),
         ]
 
     def get_job_logs(self, name: str) -> str:
@@ -187,6 +192,58 @@ def test_jobs_are_listed_with_their_place() -> None:
     assert (older.name, older.status, jobs.duration(older.age)) == ("older", "failed", "1 m 5 s")
     assert (newer.stage, newer.place, newer.goodput) == ("pretrain", "30/750 steps", "93%")
     assert jobs.duration(newer.age) == "1 m 0 s" and jobs.duration(7300) == "2 h 1 m"
+    assert older.cost == newer.cost == ""
+
+
+def actor(job: str, name: str, start: int, end: int, node: str, **has: float) -> dict[str, Any]:
+    """As Ray's dashboard tells one; times in seconds."""
+    return {
+        "jobId": job,
+        "className": name,
+        "startTime": start * 1000,
+        "endTime": end * 1000,
+        "requiredResources": has,
+        "address": {"nodeId": node},
+    }
+
+
+def test_cost_so_far_is_what_workers_held() -> None:
+    """One hour of two GPUs that were lost and given again, and two workers on CPUs."""
+    worker = "ray.train.v2._internal.execution.worker_group.worker.RayTrainWorker"
+    actors = {
+        "a": actor("0200", "RayTrainWorker", 1000, 2800, "n1", GPU=2, CPU=1),
+        "b": actor("0200", "RayTrainWorker", 3000, 0, "n2", GPU=2, CPU=1),
+        "c": actor("0200", "Controller", 900, 0, "n1", CPU=1),
+        "d": actor("0200", "RayTrainWorker", 0, 0, "", GPU=2),  # it waits
+        "e": actor("0100", worker, 1000, 4600, "n1", CPU=1),
+        "f": actor("0100", "RayTrainWorker", 1000, 2800, "n1", CPU=1),
+        "g": actor("0300", "Engine", 1000, 4600, "n3", GPU=1),
+    }
+    nodes = [
+        {"node_id": "n1", "resources_total": {"GPU": 8, "accelerator_type:H100": 1}},
+        {"node_id": "n2", "labels": {"ray.io/accelerator-type": "H100"}},
+        {"node_id": "n3", "resources_total": {"GPU": 1}},
+    ]
+    answers = {
+        "/logical/actors": {"data": {"actors": actors}},
+        "/api/v0/nodes": {"data": {"result": {"result": nodes}}},
+    }
+    with dashboard(answers, None) as address:
+        held = spending.gather(Dashboard(address, None), now=4800.0)
+    hourly = price_per_device("H100")
+    assert hourly is not None
+    older, newer = jobs.listing(Cluster(), held, now=4800.0)
+    assert newer.cost == f"{2 * hourly:.2f} USD"
+    assert older.cost == f"{1.5 * 2.5:.2f} USD"
+    of_engine = [part for part in held if part.job == "0300"]
+    assert spending.dollars(of_engine, None) is None  # nobody knows which device that is
+    assert spending.dollars(of_engine, 3.0) == pytest.approx(3.0)
+    assert spending.dollars([part for part in held if part.job == "0100"], None) is None
+
+
+def test_a_price_travels_with_the_job(tree: Path) -> None:
+    assert order(tree, price=1.25).metadata["price"] == "1.25"
+    assert "price" not in order(tree).metadata
 
 
 def test_a_jobs_exit_code_is_the_commands_own() -> None:

@@ -4,6 +4,8 @@ its API is asked before there is a machine to log in to."""
 import copy
 import json
 import shlex
+import shutil
+import subprocess
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import jsonschema
 import moto
 import pydantic
 import pytest
+import typer
 import yaml
 
-from cluster import loading
+from cluster import cli, loading, panels
 from cluster.config import ServeSection
 from serving import deploy
 from tests import manifests
@@ -27,7 +30,8 @@ RAY_UP = {
     "gcp": FOLDER / "gcp.yaml",
     "local": FOLDER / "on-prem.yaml",
 }
-KUBERAY = sorted((FOLDER / "kuberay").glob("*.yaml"))
+MONITORING = FOLDER / "kuberay/monitoring.yaml"
+KUBERAY = sorted(path for path in (FOLDER / "kuberay").glob("*.yaml") if path != MONITORING)
 
 
 def text(path: Path) -> str:
@@ -62,6 +66,65 @@ def test_every_node_starts_with_the_token_and_the_dashboard_on_loopback(
         assert "export RAY_AUTH_MODE=token;" in start.partition("ray start")[0]
         assert "0.0.0.0" not in start
         assert ("--dashboard-host=127.0.0.1" in start) == (kind == "head")
+
+
+def test_the_head_has_its_pages(launcher: dict[str, Any]) -> None:
+    """MLflow, Prometheus and Grafana, all on loopback, and none started twice."""
+    starts = launcher["head_start_ray_commands"]
+    (registry,) = (c for c in starts if "mlflow server" in c)
+    assert "pgrep -f 'mlflow server' ||" in registry and "--host 127.0.0.1" in registry
+    (monitor,) = (c for c in starts if "bin/heliostat monitor" in c)
+    assert "pgrep -f 'heliostat monitor' ||" in monitor
+    # It asks Ray's dashboard, which has to be there, and takes the token from its file.
+    assert starts.index(monitor) > next(n for n, c in enumerate(starts) if "ray start" in c)
+    words = shlex.split(monitor.partition("bin/heliostat ")[2].partition(">")[0])
+    command = typer.main.get_command(cli.app)
+    with command.make_context("heliostat", words[:1], resilient_parsing=True) as context:
+        verb = command.get_command(context, words[0])  # type: ignore[attr-defined]
+        verb.make_context("monitor", words[1:])
+    for workers in (launcher["worker_start_ray_commands"], launcher["worker_setup_commands"]):
+        assert not any(name in c for c in workers for name in ("mlflow", "monitor", "grafana"))
+
+
+def test_every_command_is_one_that_a_shell_reads(launcher: dict[str, Any]) -> None:
+    for key in launcher:
+        if key.endswith("_commands"):
+            for command in launcher[key]:
+                read = subprocess.run(
+                    ["bash", "-n", "-c", command], capture_output=True, text=True, check=False
+                )
+                assert read.returncode == 0 and not read.stderr, f"{command}: {read.stderr}"
+
+
+def test_a_cloud_without_its_pages_is_still_a_cluster(tmp_path: Path) -> None:
+    """Set-up goes on where the packages cannot be had."""
+    (tmp_path / "sudo").write_text("#!/bin/sh\nexit 7\n")
+    (tmp_path / "sudo").chmod(0o755)
+    bash = shutil.which("bash")
+    assert bash is not None
+    for cloud in ("aws", "gcp"):
+        optional = [c for c in tree(RAY_UP[cloud])["head_setup_commands"] if "apt-get" in c]
+        assert len(optional) == 2
+        for command in optional:
+            done = subprocess.run(
+                [bash, "-c", command],
+                env={"PATH": str(tmp_path)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0 and done.stdout.startswith("no "), done
+
+
+def test_kubernetes_is_watched_too() -> None:
+    monitor, source = (manifests.read(part) for part in yaml.safe_load_all(text(MONITORING)))
+    assert isinstance(monitor, manifests.PodMonitor) and isinstance(source, manifests.ConfigMap)
+    for path in KUBERAY:
+        policy = list(yaml.safe_load_all(text(path)))[1]
+        assert monitor.spec.selector.matchExpressions[0].key == "ray.io/cluster"
+        assert policy["spec"]["ingress"][-1]["ports"] == [{"protocol": "TCP", "port": 8080}]
+    (given,) = yaml.safe_load(source.data["heliostat.yaml"])["datasources"]
+    assert (given["uid"], given["type"]) == (panels.SOURCE, "prometheus")
 
 
 def test_set_up_is_pinned_and_takes_a_new_build(launcher: dict[str, Any]) -> None:
@@ -186,7 +249,7 @@ def test_kuberay_knows_every_field(kuberay: list[Any]) -> None:
     open_to_others = [
         port.port for rule in policy.spec.ingress for port in rule.ports if rule.ports
     ]
-    assert set(open_to_others) <= {8265, 8000} and policy.spec.policyTypes == ["Ingress"]
+    assert set(open_to_others) <= {8265, 8000, 8080} and policy.spec.policyTypes == ["Ingress"]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from cluster import cli, monitor, panels
 from cluster.telemetry import GAUGES, PREFIX
@@ -16,6 +20,7 @@ from serving import seen
 from tests.dashboards import dashboard
 
 TOKEN = "d" * 64
+plugins.register_default_plugins()  # what panels and queries of each type may have
 
 
 @pytest.fixture(autouse=True)
@@ -87,13 +92,50 @@ def test_a_prometheus_that_ends_is_told_with_its_last_words(
 
 @pytest.mark.parametrize("board", panels.BOARDS, ids=lambda board: board.uid)
 def test_a_dashboard_is_what_grafana_reads(board: panels.Board) -> None:
-    drawn = json.loads(json.dumps(panels.grafana(board)))
+    links = {"Ray": "http://127.0.0.1:8265", "MLflow": "http://127.0.0.1:5000"}
+    drawn = json.loads(json.dumps(panels.grafana(board, links)))
+    assert {"Ray", "MLflow"} <= {link["title"] for link in drawn["links"]}
+    # Through the classes that Grafana generates from its own schema: a field that it does not know
+    # would be lost on the way.
+    read = Dashboard.from_json(json.loads(json.dumps(drawn)))
+    again = json.loads(JSONEncoder(sort_keys=True).encode(read))
+    assert lost(drawn, again) == []
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in drawn["panels"]]
     assert len(set(places)) == len(board.panels)
     assert all(x + panels.WIDTH <= 24 for x, _ in places)
     assert len({panel["id"] for panel in drawn["panels"]}) == len(board.panels)
     for panel in drawn["panels"]:
         assert all(target["datasource"]["uid"] == panels.SOURCE for target in panel["targets"])
+
+
+def lost(given: Any, kept: Any, where: str = "") -> list[str]:
+    """Paths of what one tree has and the other has not, or otherwise."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        return [
+            path
+            for key, value in given.items()
+            for path in (
+                lost(value, kept[key], f"{where}.{key}") if key in kept else [f"{where}.{key}"]
+            )
+        ]
+    if isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        pairs = enumerate(zip(given, kept, strict=True))
+        return [path for n, (a, b) in pairs for path in lost(a, b, f"{where}[{n}]")]
+    return [] if given == kept else [where]
+
+
+def test_a_misspelt_field_of_a_dashboard_would_be_found() -> None:
+    drawn = panels.grafana(panels.TRAINING)
+    drawn["panels"][0]["gridPos"]["hight"] = 1
+    drawn["panels"][1]["titel"] = "x"
+    drawn["panels"][2]["targets"][0]["expression"] = "up"
+    read = Dashboard.from_json(json.loads(json.dumps(drawn)))
+    again = json.loads(JSONEncoder(sort_keys=True).encode(read))
+    assert lost(drawn, again) == [
+        ".panels[0].gridPos.hight",
+        ".panels[1].titel",
+        ".panels[2].targets[0].expression",
+    ]
 
 
 def test_queries_ask_for_what_is_exported() -> None:
