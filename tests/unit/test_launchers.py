@@ -3,9 +3,12 @@ its API is asked before there is a machine to log in to."""
 
 import copy
 import json
+import os
 import shlex
 import shutil
+import socket
 import subprocess
+import time
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from cluster import cli, loading, panels
 from cluster.config import ServeSection
 from serving import deploy
 from tests import manifests
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster/launchers"
@@ -68,13 +72,16 @@ def test_every_node_starts_with_the_token_and_the_dashboard_on_loopback(
         assert ("--dashboard-host=127.0.0.1" in start) == (kind == "head")
 
 
+PAGES = {"mlflow": (5000, "server"), "heliostat": (9090, "monitor")}
+"""Program -> its port and its command."""
+
+
 def test_the_head_has_its_pages(launcher: dict[str, Any]) -> None:
-    """MLflow, Prometheus and Grafana, all on loopback, and none started twice."""
+    """MLflow, Prometheus and Grafana, all on loopback."""
     starts = launcher["head_start_ray_commands"]
     (registry,) = (c for c in starts if "mlflow server" in c)
-    assert "pgrep -f 'mlflow server' ||" in registry and "--host 127.0.0.1" in registry
+    assert "--host 127.0.0.1 --port 5000" in " ".join(registry.split())
     (monitor,) = (c for c in starts if "bin/heliostat monitor" in c)
-    assert "pgrep -f 'heliostat monitor' ||" in monitor
     # It asks Ray's dashboard, which has to be there, and takes the token from its file.
     assert starts.index(monitor) > next(n for n, c in enumerate(starts) if "ray start" in c)
     words = shlex.split(monitor.partition("bin/heliostat ")[2].partition(">")[0])
@@ -84,6 +91,32 @@ def test_the_head_has_its_pages(launcher: dict[str, Any]) -> None:
         verb.make_context("monitor", words[1:])
     for workers in (launcher["worker_start_ray_commands"], launcher["worker_setup_commands"]):
         assert not any(name in c for c in workers for name in ("mlflow", "monitor", "grafana"))
+
+
+@pytest.mark.parametrize("program", PAGES)
+def test_a_page_is_started_once(launcher: dict[str, Any], program: str, tmp_path: Path) -> None:
+    """As `ray up` runs it: through a shell whose own arguments are the command."""
+    port, verb = PAGES[program]
+    folder = tmp_path / "heliostat-venv/bin"
+    folder.mkdir(parents=True)
+    (folder / program).write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/started\n')
+    (folder / program).chmod(0o755)
+    starts = launcher["head_start_ray_commands"]
+    (command,) = (c for c in starts if f"bin/{program} {verb}" in c)
+    command = command.replace(f"127.0.0.1/{port}", f"127.0.0.1/{(mine := free_port())}")
+
+    def run() -> list[str]:
+        environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        subprocess.run(["bash", "-c", command], env=environment, check=True, timeout=30)
+        deadline = time.monotonic() + 10
+        started = tmp_path / "started"
+        while not started.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return started.read_text().splitlines()
+
+    assert len(run()) == 1
+    with socket.create_server(("127.0.0.1", mine)):
+        assert len(run()) == 1
 
 
 def test_every_command_is_one_that_a_shell_reads(launcher: dict[str, Any]) -> None:
