@@ -57,8 +57,22 @@ class _Sequence:
     """Whether the prompt's own log-probabilities are asked for."""
     loop: asyncio.AbstractEventLoop
     mailbox: Mailbox
+    whole: bool = False
+    """Nobody looks between the first token and the end."""
     scores: list[TokenLogprob] = field(default_factory=list)
     """Of the part of the prompt that was read."""
+    kept: list[Event] = field(default_factory=list)
+
+    def leaving(self, news: list[Event]) -> list[Event]:
+        """The events that go out now. Where nobody looks they wait for the last one, because waking
+        an event loop takes time from the step that follows."""
+        if not self.whole or len(self.answer.produced) < 2:
+            return news
+        self.kept += news
+        if not is_last(self.kept[-1]):
+            return []
+        out, self.kept = self.kept, []
+        return out
 
     @property
     def top(self) -> int | None:
@@ -176,6 +190,7 @@ class GenerationEngine:
             scored=request.echo and asked.logprobs is not None,
             loop=loop,
             mailbox=mailbox,
+            whole=request.whole,
         )
 
     def _full(self) -> bool:
@@ -282,7 +297,7 @@ class GenerationEngine:
             events += self._read(logits[at : at + wanted], chunk, sequence)
             at += wanted
         self._forget([sequence.key for sequence, news in events if is_last(news[-1])])
-        _deliver(events)
+        _deliver([(sequence, sequence.leaving(news)) for sequence, news in events])
 
     def _note_cached(self, reading: Sequence[tuple[Chunk, _Sequence]]) -> None:
         for chunk, sequence in reading:
@@ -367,7 +382,7 @@ def _chunk_feed(chunk: Chunk, sequence: _Sequence) -> Feed:
 
 def _deliver(events: Sequence[tuple[_Sequence, Sequence[Event]]]) -> None:
     """Hand all events of a step over at once: waking an event loop costs more than an event."""
-    loops = {sequence.loop for sequence, _ in events}
+    loops = {sequence.loop for sequence, news in events if news}
     for loop in loops:
         batch = [(s.mailbox, event) for s, news in events if s.loop is loop for event in news]
         try:

@@ -7,6 +7,7 @@ loaded, and what does not run there, or is no faster, is not used.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -141,12 +142,14 @@ class Int8:
         self._product = torch.ops.onednn.qlinear_pointwise.default
         self._silu = torch.nn.functional.silu
         self._byte, self._float = torch.uint8, torch.float32
+        self._norm, self._addcdiv = torch.linalg.vector_norm, torch.addcdiv
+        self._middle = torch.tensor([128.5])
 
     def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x as 0 to 255 around 128, and each row's largest absolute value."""
-        largest = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)
+        largest = self._norm(x, math.inf, -1, True).clamp_(min=1e-12)
         # Conversion cuts off: with the half added that is rounding.
-        return (x * (127 / largest)).add_(128.5).to(self._byte), largest
+        return self._addcdiv(self._middle, x, largest, value=127).to(self._byte), largest
 
     def _raw(self, x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self._product(

@@ -3,11 +3,13 @@
 import asyncio
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cluster.errors import ServingError
+from serving.engines import generation
 from serving.engines.base import (
     Chat,
     Encoded,
@@ -19,6 +21,7 @@ from serving.engines.base import (
     TextRequest,
 )
 from serving.engines.generation import GenerationEngine
+from serving.engines.generation import _put as put
 from serving.engines.runner import Feed
 from tests.engines import TableRunner, answer, request, run, text_of
 
@@ -93,6 +96,20 @@ def test_the_tokenizer_answers_for_itself_and_a_base_model_refuses_chats() -> No
 def test_a_prompt_that_just_fits_is_answered() -> None:
     [events] = run(ScriptedRunner(), request("a" * 60))
     assert events[-1] == Finished("length", 4)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_whole_answer_is_the_same_and_wakes_its_caller_twice_only(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delivered: list[int] = []
+    monkeypatch.setattr(
+        generation, "_put", lambda batch: (delivered.append(len(batch)), put(batch))
+    )
+    [events] = run(ScriptedRunner(), replace(request("a", max_tokens=20), whole=whole))
+    assert text_of(events) == "".join(map(chr, range(98, 118)))
+    assert events[-1] == Finished("length", 20) and sum(delivered) == 21
+    assert len(delivered) == (2 if whole else 20)
 
 
 def test_the_queue_refuses_with_503_and_a_closed_iterator_frees_its_slot() -> None:
