@@ -107,17 +107,17 @@ class Both(Packed):
         return self._addmm(self._bias, x, self._transposed)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._one(x) if len(x) == 1 else super().__call__(x)
+        return self._one(x) if x.shape[0] == 1 else super().__call__(x)
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        if len(x) > 1:
+        if x.shape[0] > 1:
             return super().plus(x, other)
         if self._bias is not None:
             other = other + self._bias
         return self._addmm(other, x, self._transposed)
 
     def gated(self, x: torch.Tensor, up: Both) -> torch.Tensor:  # type: ignore[override]
-        if len(x) > 1:
+        if x.shape[0] > 1:
             return super().gated(x, up)
         return self._silu(self._one(x), inplace=True).mul_(up._one(x))
 

@@ -265,7 +265,7 @@ class LlamaStep:
         shape = self._shape
         qkv = layer.qkv(self._normed(x))
         turned = shape.heads + shape.kv_heads
-        pairs = qkv.view(len(qkv), -1, shape.dim // 2, 2)[:, :turned]
+        pairs = qkv.view(qkv.shape[0], -1, shape.dim // 2, 2)[:, :turned]
         self._complex(pairs).mul_(plan.rotation)
         fresh = qkv[:, shape.heads * shape.dim :].reshape(-1, shape.dim)
         self._places[number].index_copy_(0, plan.where, fresh)
@@ -300,8 +300,8 @@ class LlamaStep:
     ) -> torch.Tensor:
         """One query a row; the heads that share keys stand where positions would."""
         shape = self._shape
-        q = q.view(len(q), shape.kv_heads, -1, shape.dim)
-        return self._attention(q, keys, values, mask, scale=1.0).reshape(len(q), -1)
+        q = q.view(q.shape[0], shape.kv_heads, -1, shape.dim)
+        return self._attention(q, keys, values, mask, scale=1.0).flatten(1)
 
     def _several(self, q: torch.Tensor, row: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
         """Consecutive queries of one row; [count, heads * dim]."""
