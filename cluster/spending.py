@@ -12,8 +12,9 @@ from typing import Any
 from cluster.dashboard import Dashboard
 from cluster.hardware import price_per_device
 
-ACTORS = "/logical/actors"
-"""Ray's only list of actors that says when each began and ended."""
+ACTORS = "/logical/actors?nocache=1"
+"""Ray's only list of actors that says when each began and ended. Its cache would answer what was
+true when somebody last asked, however long ago."""
 NODES = "/api/v0/nodes?detail=1&limit=10000"
 TRAINS = re.compile(r"(.*\W)?RayTrainWorker")
 """The class of a training worker, which is a device of its own where it has no GPU."""
