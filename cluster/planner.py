@@ -40,6 +40,8 @@ class Footprint:
     """Bytes held at the peak, without parameters and their gradients."""
     logits: int
     """Bytes of them, beside the activations, as wide as the vocabulary."""
+    operations: int = 0
+    """Of torch's, such as one addition of two tensors, in the pass forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,10 @@ class Need:
         )
 
 
-HOLES = 0.2
-"""Share of the activations that a C library's heap holds on top of them: it grows where no hole is
-large enough. With one bucket more, for DeepSpeed's flat buffers need large holes, this was fitted
-to a model of 30 M parameters with glibc at stages 0 to 3, one and two workers, 2 to 8 rows;
-tests/chaos/test_forecast.py holds it against other models."""
+HOLES = 2.0
+"""Of the logits, what a C library's heap holds once more: they are its largest blocks, which find
+no hole, so that it grows by them. Fitted, with one bucket more from stage 1 on, to models of 37 and
+55 M parameters at stages 0 to 3: docs/planning.md has how near it comes."""
 
 
 def need(
@@ -138,9 +139,7 @@ def need(
         footprint.activations,
         footprint.logits,
         footprint.buffers + buckets,
-        round(HOLES * (footprint.activations + footprint.logits)) + bucket * (stage > 0)
-        if heap
-        else 0,
+        round(HOLES * footprint.logits) + bucket * (stage > 0) if heap else 0,
     )
     return _offloaded(train, found, shard, weight)
 
@@ -231,8 +230,14 @@ class Cost:
 UTILISATION = 0.40
 """Share of the peak that training reaches on GPUs: published runs on Hopper in bf16 reach 39 to
 50 % (torchtitan, Megatron-LM, llm-foundry, OLMo); the lower end, since small models reach less."""
-CPU_UTILISATION = 0.5
-"""Of what a matrix product alone reaches on a CPU: a small model's step has much else in it."""
+CPU_UTILISATION = {True: 0.7, False: 0.25}
+"""Of what a matrix product alone reaches on a CPU, in fp32 and in 16 bits: what is no matrix
+product is no faster in the latter. Of models of 2 to 55 million parameters (docs/planning.md)."""
+OPERATION_SECONDS = 8e-6
+"""What an operation of torch takes beside its arithmetic, on a CPU; a GPU computes meanwhile."""
+STEP_SECONDS = 0.005
+"""What a step takes beside its passes, such as the optimizer's bookkeeping. Both are of a model of
+31 thousand parameters on one core of a Xeon with AMX (docs/planning.md)."""
 SLOWER: dict[str, float] = {
     # Seconds per second of the plain step. ZeRO-3: benchmarks/train_cpu.py. Checkpointing: one more
     # forward pass, a third of the arithmetic. Offload: Ren et al., arXiv:2101.06840, figure 8.
@@ -259,7 +264,11 @@ def slowdown(train: TrainSection, halvings: int = 0) -> float:
 
 
 def cost(
-    train: TrainSection, machines: Machines, flops: float | None, footprint: Footprint
+    train: TrainSection,
+    machines: Machines,
+    flops: float | None,
+    footprint: Footprint,
+    precision: Precision = "bf16",
 ) -> Cost | None:
     """Of all steps of a run; None where the model's arithmetic or the device's peak is not known.
 
@@ -269,10 +278,15 @@ def cost(
     if flops is None or machines.peak_flops is None:
         return None
     workers = train.world_sizes[-1]
-    used = (UTILISATION if machines.gpu else CPU_UTILISATION) / slowdown(train)
-    speed = workers * machines.peak_flops * used / flops
+    used = UTILISATION if machines.gpu else CPU_UTILISATION[precision == "fp32"]
+    used /= slowdown(train)
     predictions = footprint.predictions / footprint.rows * train.global_batch
-    hours = train.steps * predictions / speed / 3600
+    step = predictions * flops / (workers * machines.peak_flops * used)
+    if not machines.gpu:
+        passes = train.global_batch / (workers * footprint.rows)
+        step += STEP_SECONDS + passes * OPERATION_SECONDS * footprint.operations
+    speed = predictions / step
+    hours = train.steps * step / 3600
     dollars = None if machines.price is None else hours * workers * machines.price
     return Cost(speed, hours / 24, dollars)
 

@@ -131,7 +131,7 @@ def run(config: RunConfig, nodes: str | None, price: float | None) -> Plan:
     footprint = tracer(config.train)
     verdict = planner.judge(config, machines, tracer, precision)
     flops = family.flops_per_prediction(config, facts)
-    cost = planner.cost(config.train, machines, flops, footprint)
+    cost = planner.cost(config.train, machines, flops, footprint, precision)
     return Plan(
         config,
         machines,
@@ -200,7 +200,7 @@ def _machines(config: RunConfig, nodes: str | None, price: float | None) -> Mach
         if joined_address(config):
             with session(config):
                 alive = live_resources()
-            return _priced(of_cluster(alive, config.train, product_flops), price)
+            return _priced(of_cluster(alive, config.train, _cpu_flops), price)
         return this_machine(config.train)
     if nodes.endswith((".yaml", ".yml")):
         return _priced(of_launcher(Path(nodes)), price)
@@ -215,8 +215,11 @@ def this_machine(train: TrainSection) -> Machines:
     """The CPUs and memory of this machine, shared by the workers."""
     workers = train.world_sizes[0]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    flops = product_flops(train.threads_per_worker)
-    return Machines(1, workers, "CPU", memory // workers, None, flops, None)
+    return Machines(1, workers, "CPU", memory // workers, None, _cpu_flops(train), None)
+
+
+def _cpu_flops(train: TrainSection) -> float:
+    return product_flops(train.threads_per_worker, half=zero.precision(train, "cpu") != "fp32")
 
 
 def of_cluster(nodes: list[Mapping[str, float]], train: TrainSection, cpu_flops: Any) -> Machines:
@@ -225,7 +228,7 @@ def of_cluster(nodes: list[Mapping[str, float]], train: TrainSection, cpu_flops:
     if not devices:
         workers = train.world_sizes[0]
         memory = sum(node.get("memory", 0) for node in nodes)
-        flops = cpu_flops(train.threads_per_worker)
+        flops = cpu_flops(train)
         return Machines(
             len(nodes), -(-workers // len(nodes)), "CPU", int(memory // workers), None, flops, None
         )

@@ -57,7 +57,7 @@ def fits(config: RunConfig, corpus: Corpus, workers: int, at_once: int) -> Fits:
     """
     train = config.train.model_copy(update={"workers": workers})
     try:
-        machines = plan.of_cluster(live_resources(), train, lambda threads: None)
+        machines = plan.of_cluster(live_resources(), train, lambda train: None)
     except UsageError:  # devices of several kinds, or of none that we know
         return everything_fits
     return Planned(corpus.facts, shared(machines, config, at_once))

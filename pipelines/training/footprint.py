@@ -49,6 +49,7 @@ def trace(
         rows=rows,
         activations=activations,
         logits=logits,
+        operations=ledger.operations,
     )
 
 
@@ -69,6 +70,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, vocabulary: int | None, known: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._vocabulary, self._known = vocabulary, known
+        self.operations = 0
+        """Seen so far."""
         self._events: list[tuple[int, int]] = []
         """(number of the storage, +1 or -1)."""
         self._sizes: list[int] = []
@@ -83,6 +86,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         made = func(*args, **(kwargs or {}))
+        self.operations += 1
         for leaf in tree_leaves(made):
             if isinstance(leaf, torch.Tensor):
                 self._note(leaf)

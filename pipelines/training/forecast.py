@@ -43,12 +43,16 @@ class Forecast:
         except RuntimeError:  # torch's for operators that it knows no shapes of
             return None
         need = planner.need(train, traced, world.size, precision, heap=device == "cpu")
-        peak = product_flops(train.threads_per_worker) if device == "cpu" else peak_of(world.device)
+        peak = (
+            product_flops(train.threads_per_worker, half=precision != "fp32")
+            if device == "cpu"
+            else peak_of(world.device)
+        )
         name = "CPU" if device == "cpu" else "GPU"
         machines = Machines(1, world.size, name, 0, None, peak, None)
         flops = family.flops_per_prediction(config, facts)
         cost = planner.cost(
-            train.model_copy(update={"workers": world.size}), machines, flops, traced
+            train.model_copy(update={"workers": world.size}), machines, flops, traced, precision
         )
         held = resident_memory() if device == "cpu" else 0
         return Forecast(held + need.device, cost.tokens_per_second if cost else float("nan"))

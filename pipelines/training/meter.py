@@ -138,11 +138,15 @@ class Clock:
 
 
 @cache
-def product_flops(threads: int) -> float:
-    """FLOP/s of a matrix product on this CPU, in bf16 where it computes that, else in fp32."""
+def product_flops(threads: int, *, half: bool = True) -> float:
+    """FLOP/s of a matrix product on this CPU.
+
+    Args:
+        half: in bf16 where it computes that, else in fp32.
+    """
     import torch
 
-    kind = torch.bfloat16 if cpu_computes_bf16() else torch.float32
+    kind = torch.bfloat16 if half and cpu_computes_bf16() else torch.float32
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -32,6 +32,10 @@ def test_parameters_are_those_of_the_model() -> None:
     found = traced("gpt-demo", *GPT)
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.predictions == 4 * 32 and found.rows == 4
+    # Each layer adds its own.
+    deeper = traced("gpt-demo", *GPT, "model.layers=6")
+    fewer = traced("gpt-demo", *GPT, "model.layers=1")
+    assert deeper.operations - found.operations > found.operations - fewer.operations > 0
 
 
 @pytest.mark.parametrize("recipe", ["gpt-demo", "digits-cnn"])

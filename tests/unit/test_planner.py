@@ -97,6 +97,22 @@ def test_cost_follows_devices_and_steps() -> None:
     assert planner.cost(train, H100, None, traced(train)) is None
 
 
+def test_a_small_model_is_no_faster_than_its_operations() -> None:
+    """On a CPU; a GPU computes while it is told what is next."""
+    small_run = {"workers": 1, "global_batch": 8, "micro_batch": 4, "zero_stage": 0}
+    train = config(**small_run, precision="fp32", compile=False).train
+    small = Footprint(31_392, 0, 128, 4, GB, 0, operations=1000)
+    cpu = Machines(1, 1, "CPU", GB, None, 1e12, None)
+    found = planner.cost(train, cpu, 2e5, small, "fp32")
+    told = 2 * 1000 * planner.OPERATION_SECONDS + planner.STEP_SECONDS
+    assert found is not None and 256 / found.tokens_per_second == pytest.approx(told, rel=0.01)
+    # Sixteen bits are what a CPU is further from its peak in.
+    large = replace(small, operations=0)
+    one, other = (planner.cost(train, cpu, 1e12, large, kind) for kind in ("fp32", "autocast"))
+    assert one is not None and other is not None
+    assert one.tokens_per_second > 1.5 * other.tokens_per_second
+
+
 @pytest.mark.parametrize(
     ("text", "nodes", "device", "each"),
     [("4xH200:8", 4, "H200", 8), ("a100", 1, "A100", 1), ("2xH100 NVL:2", 2, "H100 NVL", 2)],
