@@ -174,8 +174,6 @@ def test_a_lost_serve_node_is_not_noticed_by_who_asks_the_next(
             wait_until(lambda: load.answered > before + 100, 180, lambda: str(load.failed[-5:]))
         print(f"{load.answered} answered, of them by another host: {Counter(load.moved)}")
         assert load.failed == [], f"{len(load.failed)} of {load.answered} failed: {load.failed[:5]}"
-        # What was lost has started again, on whichever host has room.
-        assert len(cluster.answering(len(hosts))) == len(hosts)
         cluster.wait_for_nodes(3, 180)
     finally:
         cluster.stop_serving()
