@@ -106,7 +106,7 @@ def apart(threads: int, load: Callable[[], T]) -> T:
 
     Each thread that computes has a pool of its own. With more threads in all pools than there are
     cores, libgomp lets those that wait sleep (`do_spin` in its config/linux/wait.h): with the pool
-    of the one that loaded beside it, every step would wake its own some hundred times.
+    of the one that loaded beside it, every step would wake its own again and again.
     """
     import torch
 
