@@ -57,8 +57,6 @@ class _Sequence:
     """Whether the prompt's own log-probabilities are asked for."""
     loop: asyncio.AbstractEventLoop
     mailbox: Mailbox
-    whole: bool = False
-    """Nobody looks between the first token and the end."""
     scores: list[TokenLogprob] = field(default_factory=list)
     """Of the part of the prompt that was read."""
     kept: list[Event] = field(default_factory=list)
@@ -66,7 +64,7 @@ class _Sequence:
     def leaving(self, news: list[Event]) -> list[Event]:
         """The events that go out now. Where nobody looks they wait for the last one, because waking
         an event loop takes time from the step that follows."""
-        if not self.whole or len(self.answer.produced) < 2:
+        if not self.mailbox.whole or len(self.answer.produced) < 2:
             return news
         self.kept += news
         if not is_last(self.kept[-1]):
@@ -190,7 +188,6 @@ class GenerationEngine:
             scored=request.echo and asked.logprobs is not None,
             loop=loop,
             mailbox=mailbox,
-            whole=request.whole,
         )
 
     def _full(self) -> bool:

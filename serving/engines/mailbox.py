@@ -28,6 +28,7 @@ class Mailbox:
         self._clock = clock
         self._events: list[Event] = []
         self._ready = asyncio.Event()
+        self.whole = whole
         self._pause = math.inf if whole else PAUSE
         self._due = -math.inf
 
