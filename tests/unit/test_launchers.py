@@ -110,12 +110,15 @@ def test_a_page_is_started_once(launcher: dict[str, Any], program: str, tmp_path
         subprocess.run(["bash", "-c", command], env=environment, check=True, timeout=30)
         deadline = time.monotonic() + 10
         started = tmp_path / "started"
-        while not started.exists() and time.monotonic() < deadline:
+        # The shell makes the file before it writes to it.
+        while not (started.exists() and started.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.05)
         return started.read_text().splitlines()
 
     assert len(run()) == 1
     with socket.create_server(("127.0.0.1", mine)):
+        run()
+        time.sleep(0.5)  # what was started wrongly would write by now
         assert len(run()) == 1
 
 
