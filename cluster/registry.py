@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig
@@ -16,6 +17,8 @@ from cluster.errors import ConfigError, HeliostatError
 from cluster.storage import Artifact, Store
 
 ARTIFACT_TAG = "heliostat.artifact"
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+"""Schemes of what MLflow's client opens by itself, with no server between."""
 
 
 def registry_uri(store: Store, config: RunConfig) -> str:
@@ -31,6 +34,18 @@ def registry_uri(store: Store, config: RunConfig) -> str:
             "and the embedded SQLite registry needs a local disk"
         )
     return f"sqlite:///{store.base}/mlflow.db"
+
+
+def files_location(store: Store, uri: str, experiment: str) -> str | None:
+    """URI for the files of an experiment's runs; None where a server says where they go.
+
+    Told nothing, MLflow's client of a database takes `./mlruns` of whoever makes the experiment; in
+    a job that is a folder that Ray deletes.
+    """
+    if not uri.startswith(DATABASES):
+        return None
+    path = f"mlflow/{experiment}"
+    return Path(store.uri_of(path)).as_uri() if store.is_local else store.uri_of(path)
 
 
 @dataclass(frozen=True)

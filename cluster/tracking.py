@@ -10,8 +10,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from cluster import progress
+from cluster.config import RunConfig
 from cluster.errors import HeliostatError
-from cluster.registry import client, named_errors
+from cluster.registry import client, files_location, named_errors, registry_uri
+from cluster.storage import Store
 from cluster.telemetry import Row
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]
@@ -35,15 +37,33 @@ class Tracking:
         experiment: name, made on first use.
         run: name of the run in it.
         parent: run that MLflow shows it below.
+        files: URI for files of an experiment that is made here (`registry.files_location`); None
+            leaves that to MLflow's server.
 
     Raises:
         HeliostatError: from every method, if MLflow cannot be reached or refuses.
     """
 
     def __init__(
-        self, uri: str, experiment: str, run: str, parent: "Tracking | None" = None
+        self,
+        uri: str,
+        experiment: str,
+        run: str,
+        parent: "Tracking | None" = None,
+        files: str | None = None,
     ) -> None:
         self.uri, self._experiment, self._run, self._parent = uri, experiment, run, parent
+        self._files = files
+
+    @staticmethod
+    def of(store: Store, config: RunConfig, run: str, uri: str | None = None) -> "Tracking":
+        """A run of a recipe, in the registry of its config unless another is named.
+
+        Raises:
+            ConfigError: if there is none for this storage root.
+        """
+        uri = uri or registry_uri(store, config)
+        return Tracking(uri, config.name, run, files=files_location(store, uri, config.name))
 
     def begin(self, params: Mapping[str, Any]) -> None:
         """Find the run or make it; it is running from now on."""
@@ -105,7 +125,9 @@ class Tracking:
         """Id of the run, and whether it was made just now."""
         known = self._client.get_experiment_by_name(self._experiment)
         experiment = (
-            known.experiment_id if known else self._client.create_experiment(self._experiment)
+            known.experiment_id
+            if known
+            else self._client.create_experiment(self._experiment, artifact_location=self._files)
         )
         found = self._client.search_runs(
             [experiment], f"tags.`mlflow.runName` = '{self._run}'", max_results=1

@@ -12,7 +12,6 @@ from cluster import doctor, lease, loading, progress, telemetry
 from cluster.config import RunConfig
 from cluster.errors import ConfigError, HeliostatError, StorageError, TrainingError
 from cluster.journal import Journal
-from cluster.registry import registry_uri
 from cluster.session import Session, check_capacity, open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, relevant, required, resolved
 from cluster.storage import Artifact, Store
@@ -336,7 +335,7 @@ def _tracked(
         yield lambda rows: None
         return
     try:
-        tracking = Tracking(registry_uri(store, config), config.name, run)
+        tracking = Tracking.of(store, config, run)
     except ConfigError as error:
         progress.say(f"pretrain: no figures go to MLflow: {error}")
         yield lambda rows: None

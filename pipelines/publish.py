@@ -231,7 +231,7 @@ def _log_run(uri: str, config: RunConfig, evaluation: Artifact, trained: Trained
     from pipelines.training.checkpoint import read_history
 
     checkpoint = trained.checkpoint
-    tracking = Tracking(uri, config.name, checkpoint.manifest.detail["run"])
+    tracking = Tracking.of(checkpoint.store, config, checkpoint.manifest.detail["run"], uri)
     tracking.begin(relevant(BY_VERB["pretrain"], resolved(trained.config)))
     tracking.log(read_history(checkpoint))
     metrics = evaluation.manifest.metrics.items()

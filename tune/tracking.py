@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from cluster import progress
 from cluster.config import RunConfig
 from cluster.errors import HeliostatError
-from cluster.registry import registry_uri
 from cluster.storage import Store
 from cluster.tracking import Status, Tracking
 from tune.ledger import Attempt
@@ -29,7 +28,7 @@ def tell(
         figures: of the whole study, which is over then.
     """
     try:
-        parent = Tracking(registry_uri(store, config), config.name, study)
+        parent = Tracking.of(store, config, study)
         settings = {f"space.{key}": text for key, text in config.tune.space.items()}
         for key in ("search", "scheduler", "trials", "objectives"):
             settings[f"tune.{key}"] = str(getattr(config.tune, key))

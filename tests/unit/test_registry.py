@@ -8,7 +8,7 @@ import pytest
 
 from cluster import loading
 from cluster.errors import ConfigError, HeliostatError
-from cluster.registry import ARTIFACT_TAG, Registry, registry_uri
+from cluster.registry import ARTIFACT_TAG, Registry, files_location, registry_uri
 from cluster.storage import Artifact, Store
 
 
@@ -91,3 +91,15 @@ def test_where_the_registry_lives(tmp_path: Path) -> None:
     assert registry_uri(remote, config(uri="http://host:5000")) == "http://host:5000"
     with pytest.raises(ConfigError, match=r"registry\.uri must name an MLflow server"):
         registry_uri(remote, config())
+
+
+def test_where_the_files_of_runs_lie(tmp_path: Path) -> None:
+    local, remote = Store(str(tmp_path)), Store("s3://bucket/root?region=eu-north-1")
+    database, server = f"sqlite:///{tmp_path}/mlflow.db", "http://host:5000"
+    assert files_location(local, database, "demo") == f"file://{tmp_path}/mlflow/demo"
+    assert files_location(remote, database, "demo") == (
+        "s3://bucket/root/mlflow/demo?region=eu-north-1"
+    )
+    # A server keeps files by its own settings, on its own disk.
+    assert files_location(local, server, "demo") is None
+    assert files_location(remote, server, "demo") is None

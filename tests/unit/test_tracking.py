@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from cluster import tracking
+from cluster import loading, tracking
 from cluster.errors import HeliostatError
+from cluster.storage import Store
 from cluster.telemetry import Row
 from cluster.tracking import Tracker, Tracking
 
@@ -61,6 +62,23 @@ def test_a_run_that_is_continued_is_one_run(uri: str) -> None:
     run, points = logged(again)
     assert [step for step, _ in points] == list(range(1, 21))
     assert run.data.metrics["heldout_loss"] == 0.5
+
+
+def test_files_of_a_run_lie_below_the_storage_root(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the folder of whoever made the experiment, which in a job is one that Ray deletes."""
+    job = tmp_path / "job"
+    job.mkdir()
+    monkeypatch.chdir(job)
+    root = tmp_path / "根 50%41"
+    config = loading.load("gpt-demo", ["name=kept", f"registry.uri={uri}"])
+    one = Tracking.of(Store(str(root)), config, "kept-1")
+    one.begin({})
+    one._client.log_text(one._id, "定日镜", "note.txt")
+    (note,) = root.rglob("note.txt")
+    assert note.read_text("utf-8") == "定日镜" and note.is_relative_to(root / "mlflow/kept")
+    assert list(job.iterdir()) == []
 
 
 def test_figures_that_are_no_numbers_are_logged_too(uri: str) -> None:
