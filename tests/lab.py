@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tests.checkout import REPOSITORY
@@ -48,7 +49,7 @@ name=$1 own=$2 store=$3; shift 3
 hostname "$name"
 mount --make-rprivate /
 mount --bind "$own/hosts" /etc/hosts
-mount --bind "$own/resolv.conf" /etc/resolv.conf
+[ ! -e /etc/resolv.conf ] || mount --bind "$own/resolv.conf" /etc/resolv.conf
 for pair in "$@"; do
     mkdir -p "$own${pair#*:}"
     mount --bind "${pair%%:*}" "$own${pair#*:}"
@@ -65,17 +66,26 @@ exec $CORE $(command -v sshd) -D -e -f "$HOME/.sshd/config"
 """
 
 
+@cache
 def missing() -> str:
-    """Why no hosts can be made here, with the cure; empty where they can."""
+    """Why no hosts can be made here, with the cure; empty where they can, which is tried: there are
+    many ways to refuse namespaces, bridges or mounts.
+    """
     if os.geteuid() != 0:
         return "hosts are made of namespaces, which takes root"
     if lacking := [name for name in NEEDED if shutil.which(name, path=SEARCH) is None]:
         packages = " ".join(NEEDED[name] for name in lacking)
         return f"no {', '.join(lacking)} on this machine: apt-get install {packages}"
-    probe = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "true"]
-    tried = subprocess.run(probe, capture_output=True, text=True, check=False)
-    if tried.returncode:
-        return f"this machine makes no namespaces: {tried.stderr.strip()}"
+    try:
+        with lab(2) as tried:
+            one, other = tried.hosts
+            # A firewall of this machine's may stand between the two, on their own bridge.
+            tried.ssh(one, f"timeout 5 bash -c ': < /dev/tcp/{other.address}/22'")
+            tried.ssh(one, "~/heliostat-venv/bin/python -c 'import ray'")
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        told = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        reason = " ".join((told or str(error)).split())
+        return f"two hosts were tried and could not be made here: {reason[-400:]}"
     return ""
 
 
@@ -114,11 +124,15 @@ class Lab:
         kept["PATH"] = f"{Path(sys.executable).parent}:{SEARCH}"
         return kept | {"HOME": str(self.laptop), "RAY_TMPDIR": str(self.laptop)} | more
 
+    def ssh_command(self) -> list[str]:
+        """Without what this machine's user has set up for other hosts."""
+        options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR"]
+        options += ["IdentitiesOnly=yes", "BatchMode=yes", "ConnectTimeout=10"]
+        return ["ssh", "-F/dev/null", f"-i{self.key}", *(f"-o{option}" for option in options)]
+
     def ssh(self, host: Host, command: str, timeout: float = 60) -> str:
         """What a command on a host prints; AssertionError where it fails."""
-        options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR"]
-        call = ["ssh", "-i", str(self.key), *(f"-o{option}" for option in options)]
-        call += [f"root@{host.address}", command]
+        call = [*self.ssh_command(), f"root@{host.address}", command]
         done = subprocess.run(call, capture_output=True, text=True, timeout=timeout, check=False)
         assert done.returncode == 0, f"{host.name}: {command}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -139,6 +153,15 @@ class Lab:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
+    def close(self) -> None:
+        """End all that runs on the hosts."""
+        for host in self.hosts:
+            # The namespace's first process goes, and with it all others of the host.
+            with suppress(ProcessLookupError):
+                os.killpg(host.init.pid, signal.SIGKILL)
+            host.init.wait()
+        self._log.close()
+
     def cut(self, host: Host) -> None:
         """Pull a host's cable."""
         _run("ip", "link", "set", host.link, "down")
@@ -154,22 +177,37 @@ def lab(count: int, *, pinned: bool = False) -> Iterator[Lab]:
     Args:
         pinned: each has a CPU core of its own, as far as there are as many.
     """
-    _sweep()
+    with _kept() as folder:
+        made = Lab(folder, _free_subnet())
+        try:
+            _lay_bridge(made)
+            for number in range(1, count + 1):
+                made.hosts.append(_start(made, number, count, pinned=pinned))
+            for host in made.hosts:
+                _wait_for_ssh(made, host)
+            yield made
+        finally:
+            made.close()
+
+
+@contextmanager
+def _kept() -> Iterator[Path]:
+    """A folder, and a process that takes the lab in it away when this one ends, however it does."""
     folder = Path(tempfile.mkdtemp(prefix="hl-", dir="/tmp"))
-    made = Lab(folder, _free_subnet())
+    keeper = subprocess.Popen(
+        [sys.executable, "-m", "tests.lab", str(folder)],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
-        _lay_bridge(made)
-        for number in range(1, count + 1):
-            made.hosts.append(_start(made, number, count, pinned=pinned))
-        for host in made.hosts:
-            _wait_for_ssh(made, host)
-        yield made
+        yield folder
     finally:
-        _tear_down(made)
+        keeper.communicate()
 
 
 def _lay_bridge(lab: Lab) -> None:
-    (lab.folder / "pid").write_text(str(os.getpid()))
     lab.store.mkdir()
     lab.laptop.mkdir(mode=0o700)
     _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(lab.key))
@@ -274,36 +312,30 @@ def _wait_for_ssh(lab: Lab, host: Host) -> None:
             time.sleep(0.2)
 
 
-def _tear_down(lab: Lab) -> None:
-    for host in lab.hosts:
-        # The namespace's first process goes, and with it all others of the host.
-        with suppress(ProcessLookupError):
-            os.killpg(host.init.pid, signal.SIGKILL)
-        host.init.wait()
-    lab._log.close()
-    _remove(lab.tag)
-    shutil.rmtree(lab.folder, ignore_errors=True)
+def remains(folder: Path) -> list[str]:
+    """Names of what there is of a lab on this machine."""
+    tag = folder.name.removeprefix("hl-")
+    names = _run("ip", "netns", "list").split() + _run("ip", "-brief", "link").split()
+    found = [name for name in names if name.startswith((f"hl{tag}-", f"hlb{tag}"))]
+    return found + [str(folder)] * folder.exists()
 
 
-def _sweep() -> None:
-    """Take away what a test that was killed left behind."""
-    for folder in Path("/tmp").glob("hl-*"):
-        mark = folder / "pid"
-        if mark.exists() and not Path(f"/proc/{mark.read_text()}").exists():
-            _remove(folder.name.removeprefix("hl-"))
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove(tag: str) -> None:
-    spaces = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
-    for space in (line.split()[0] for line in spaces.stdout.splitlines()):
-        if space.startswith(f"hl{tag}-"):
-            for pid in _run("ip", "netns", "pids", space).split():
+def _clear(folder: Path) -> None:
+    """Take a lab away, however far it had come."""
+    for name in remains(folder):
+        if name.startswith("/"):
+            continue
+        if "-" not in name:
+            _run("ip", "link", "delete", name)
+            continue
+        deadline = time.monotonic() + 10
+        while (pids := _run("ip", "netns", "pids", name).split()) and time.monotonic() < deadline:
+            for pid in map(int, pids):
                 with suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            _run("ip", "netns", "delete", space)
-    with suppress(subprocess.CalledProcessError):
-        _run("ip", "link", "delete", f"hlb{tag}")
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        _run("ip", "netns", "delete", name)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _free_subnet() -> str:
@@ -315,9 +347,16 @@ def _free_subnet() -> str:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PATH": SEARCH}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise subprocess.CalledProcessError(
             done.returncode, shlex.join(command), done.stdout, done.stderr
         )
     return done.stdout
+
+
+if __name__ == "__main__":
+    # Ends when whoever holds the other end closes it, or is gone, even by kill -9.
+    sys.stdin.read()
+    _clear(Path(sys.argv[1]))

@@ -190,6 +190,7 @@ def _working_tree(lab: Lab, *, pages: bool) -> Path:
     tree = checkout(lab.laptop / "heliostat", TREE)
     # The tools that build are there already, and no index is asked for them.
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    build.append("--no-index")
     subprocess.run([*build, "--wheel-dir", "dist", "."], cwd=tree, check=True, timeout=300)
     text = (REPOSITORY / "cluster/launchers" / LAUNCHER).read_text("utf-8")
     head, *workers = (host.address for host in lab.hosts)
@@ -220,9 +221,8 @@ def _sources(folder: Path) -> None:
 @contextmanager
 def _tunnel(cluster: Launched, port: int) -> Iterator[None]:
     """What `ray dashboard` opens, kept open through a head that is away for a while."""
-    options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR"]
-    call = ["ssh", "-N", "-i", str(cluster.lab.key), *(f"-o{option}" for option in options)]
-    call += ["-L", f"{port}:127.0.0.1:8265", f"root@{cluster.head.address}"]
+    call = [*cluster.lab.ssh_command(), "-N", "-L", f"{port}:127.0.0.1:8265"]
+    call.append(f"root@{cluster.head.address}")
     tunnel = subprocess.Popen(call, stdin=subprocess.DEVNULL, env=dict(os.environ))
     try:
         wait_until(lambda: _status(f"{cluster.url}/api/gcs_healthz") == 200, 120)
