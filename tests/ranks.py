@@ -32,7 +32,7 @@ def steps(
     Args:
         tree: a resolved config; its store holds the corpus.
         source: version of the checkpoint to go on from.
-        save_at: a step at which to commit an unfinished checkpoint.
+        save_at: a step at which to commit a checkpoint; unfinished, unless it is the run's last.
 
     Returns:
         `losses` by step and `buffers` by name, the latter as they are right after the start.
@@ -42,6 +42,7 @@ def steps(
     made = store.latest("corpus", config.name)
     assert made is not None
     corpus, family = Corpus(made), families.load(config.family)
+    torch.set_flush_denormal(True)  # as workers do
     engine = Engine(config, family, corpus.facts, world)
     first, history = 0, []
     if source is not None:
@@ -66,7 +67,7 @@ def _save(engine: Engine, config: RunConfig, corpus: Artifact, progress: Progres
     mark = fingerprint(BY_VERB["pretrain"], config, corpus, {})
     lineage = Lineage(config.name, RUN, mark, resolved(config), corpus, keep=99)
     writer = CheckpointWriter(corpus.store, lineage, engine.world)
-    writer.save(engine, progress, complete=False)
+    writer.save(engine, progress, complete=progress.step == config.train.steps)
     writer.wait()
 
 

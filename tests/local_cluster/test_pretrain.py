@@ -7,8 +7,10 @@ import pytest
 
 from cluster.errors import CapacityError
 from cluster.journal import Journal
+from cluster.stages import resolved
 from cluster.storage import Artifact, Store
 from pipelines import pretrain
+from tests import gloo, ranks
 from tests.corpora import counting_corpus
 from tests.hunting import Hunter, check_as_undisturbed, losses, tiny
 
@@ -16,9 +18,11 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def test_a_killed_worker_changes_nothing(root: Path) -> None:
+    """Beside the same steps by ranks that nothing surrounds: neither Ray nor a loop."""
     quiet = tiny(root, "name=quiet")
     counting_corpus(quiet)
-    undisturbed = pretrain.run(quiet).artifact
+    gloo.launch(2, ranks.steps, resolved(quiet), quiet.train.steps, save_at=quiet.train.steps)
+    undisturbed = Store(str(root)).latest("checkpoint", "quiet")
     assert undisturbed is not None
 
     config = tiny(root, "name=killed", "train.keep_checkpoints=9")
