@@ -13,6 +13,9 @@ import json
 import os
 import statistics
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the tests are
 
 from cluster.storage import Store
 from pipelines.training.checkpoint import read_history
