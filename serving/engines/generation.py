@@ -57,14 +57,16 @@ class _Sequence:
     """Whether the prompt's own log-probabilities are asked for."""
     loop: asyncio.AbstractEventLoop
     mailbox: Mailbox
+    whole: bool
+    """Whether nobody looks before the last event."""
     scores: list[TokenLogprob] = field(default_factory=list)
     """Of the part of the prompt that was read."""
     kept: list[Event] = field(default_factory=list)
 
     def leaving(self, news: list[Event]) -> list[Event]:
-        """The events that go out now. Where nobody looks they wait for the last one, because waking
-        an event loop takes time from the step that follows."""
-        if not self.mailbox.whole or len(self.answer.produced) < 2:
+        """The events that go out now. Where nobody looks, those after the first token wait for the
+        last one, because waking an event loop takes time from the step that follows."""
+        if not self.whole or len(self.answer.produced) < 2:
             return news
         self.kept += news
         if not is_last(self.kept[-1]):
@@ -123,15 +125,14 @@ class GenerationEngine:
         if problem is not None or isinstance(request, TextRequest):
             yield problem or self._encoded(prompt)
             return
-        mailbox = Mailbox(whole=request.whole)
-        sequence = self._sequence(request, prompt, loop, mailbox)
+        sequence = self._sequence(request, prompt, loop)
         refused = self._enqueue(sequence)
         if refused is not None:
             yield refused
             return
         try:
             yield Started(self.model, len(prompt), self._echo(request, prompt))
-            async for event in mailbox.until_last():
+            async for event in sequence.mailbox.until_last():
                 yield event
         finally:
             self._forget([sequence.key])
@@ -176,7 +177,6 @@ class GenerationEngine:
         request: GenerationRequest,
         prompt: tuple[int, ...],
         loop: asyncio.AbstractEventLoop,
-        mailbox: Mailbox,
     ) -> _Sequence:
         asked = request.sampling
         text = TextStream(self._runner.pieces(), asked.stop)
@@ -187,7 +187,8 @@ class GenerationEngine:
             drawing=Drawing(asked),
             scored=request.echo and asked.logprobs is not None,
             loop=loop,
-            mailbox=mailbox,
+            mailbox=Mailbox(),
+            whole=request.whole,
         )
 
     def _full(self) -> bool:

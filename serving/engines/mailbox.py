@@ -20,16 +20,13 @@ class Mailbox:
     request always gets another one.
 
     Args:
-        whole: nobody looks before the last event, so that all tokens after the first may wait.
         clock: seconds, from any beginning.
     """
 
-    def __init__(self, *, whole: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._events: list[Event] = []
         self._ready = asyncio.Event()
-        self.whole = whole
-        self._pause = math.inf if whole else PAUSE
         self._due = -math.inf
 
     def put(self, event: Event) -> None:
@@ -47,7 +44,7 @@ class Mailbox:
                 if is_last(event):
                     return
                 if isinstance(event, Tokens):
-                    self._due = self._clock() + self._pause
+                    self._due = self._clock() + PAUSE
 
 
 def compact(events: Sequence[Event]) -> list[Event]:

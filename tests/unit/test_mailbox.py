@@ -23,22 +23,19 @@ def test_tokens_that_follow_each_other_become_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("whole", "between", "expected"),
+    ("between", "expected"),
     [
-        (False, PAUSE, ["a", "b", "c", "d", "length"]),
-        (False, PAUSE / 2, ["a", "bc", "d", "length"]),
-        (False, 0.0, ["a", "bcd", "length"]),  # the end waits for nobody
-        (True, PAUSE, ["a", "bcd", "length"]),
+        (PAUSE, ["a", "b", "c", "d", "length"]),
+        (PAUSE / 2, ["a", "bc", "d", "length"]),
+        (0.0, ["a", "bcd", "length"]),  # the end waits for nobody
     ],
 )
-def test_the_first_token_and_the_end_never_wait(
-    whole: bool, between: float, expected: list[str]
-) -> None:
+def test_the_first_token_and_the_end_never_wait(between: float, expected: list[str]) -> None:
     now = 1.0
 
     async def scenario() -> list[str]:
         nonlocal now
-        box, seen = Mailbox(whole=whole, clock=lambda: now), list[str]()
+        box, seen = Mailbox(lambda: now), list[str]()
 
         async def read() -> None:
             async for event in box.until_last():
