@@ -130,7 +130,7 @@ class Launched:
     def stop_serving(self) -> None:
         ray(self, "exec", LAUNCHER, "~/heliostat-venv/bin/serve shutdown -y")
 
-    def wait_for_nodes(self, count: int, seconds: float = 240) -> None:
+    def wait_for_nodes(self, count: int, seconds: float = 480) -> None:
         wait_until(lambda: len(self.alive()) == count, seconds, lambda: str(self.alive()))
 
 

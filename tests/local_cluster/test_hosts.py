@@ -15,7 +15,7 @@ from tests import lab
 from tests.checkout import REPOSITORY
 from tests.launched import Launched, launched, wait_until
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 SCRIPT = """
 import json
 import ray
