@@ -312,11 +312,11 @@ class _Run:
 
 
 def _forecast(config: RunConfig, family: Family, corpus: Corpus, world: World) -> Forecast | None:
-    """Rank 0's; the others wait for it, and end with it where it fails."""
+    """Rank 0's. All ranks make one, and end where one fails: each needs the libraries for it, and
+    would only import them later if it waited."""
     with agreed(world):
-        if world.first:
-            return Forecast.of(config, family, corpus.facts, world)
-    return None
+        found = Forecast.of(config, family, corpus.facts, world)
+    return found if world.first else None
 
 
 def _heldout(
