@@ -103,7 +103,12 @@ def run_side(side: str, work: dict[str, Any], *, memory: bool = False) -> dict[s
             json.dumps(work | {"out": out}),
         ]
         paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            # Ray's workers are nice by default and would wait for whatever else wakes up here,
+            # where the processes of all other sides would not.
+            "RAY_worker_niceness": "0",
+        }
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
