@@ -6,7 +6,7 @@ small models, around which the process weighs more than they do. Each configurat
 processes of its own, one configuration after the other, a thread for each worker. Figures are
 planned over found; `near` counts those within a tenth.
 
-`python benchmarks/plan.py [ROUNDS]`, on two cores that do nothing else; seven minutes for a round.
+`python benchmarks/plan.py [ROUNDS]`, on two cores that do nothing else; ten minutes for a round.
 Medians of all rounds.
 """
 
