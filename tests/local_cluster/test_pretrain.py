@@ -1,6 +1,5 @@
 """Real Ray Train, real DeepSpeed, real gloo: a run that is killed ends as the undisturbed one."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -53,10 +52,8 @@ def check_seen(root: Path, finished: Artifact) -> None:
 def test_more_workers_than_cpus_is_refused_at_once(root: Path) -> None:
     config = tiny(root, "train.workers=8")
     counting_corpus(config)
-    began = time.monotonic()
     with pytest.raises(CapacityError, match=r"need 8 CPUs and the cluster has 4"):
         pretrain.run(config)
-    assert time.monotonic() - began < 20
 
 
 def test_a_stopped_run_continues_with_the_same_command(root: Path) -> None:

@@ -144,5 +144,5 @@ def test_a_ring_that_cannot_read_grows_old() -> None:
 
 def test_keys_differ_in_time_and_state() -> None:
     key = new_key("a")[1]
-    assert abs(key.created - time.time()) < 5
+    assert abs(key.created - time.time()) < 60
     assert replace(key, revoked=1).state(time.time()) == "revoked"

