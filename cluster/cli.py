@@ -17,6 +17,7 @@ import typer
 from cluster import loading, progress, remote
 from cluster.durable import storage_errors
 from cluster.errors import ConfigError, HeliostatError, UsageError
+from cluster.remote import Overrides
 from cluster.stages import BY_VERB, STAGES
 
 app = typer.Typer(
@@ -31,9 +32,6 @@ app = typer.Typer(
 DEFAULT_RECIPE = "gpt-demo"
 """Gives the storage root where a command names no recipe."""
 Recipe = Annotated[str, typer.Argument(help="A name from `heliostat recipes`, or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes: section.key=value ...", show_default=False)
-]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Make new versions of finished artifacts.")]
 Plan = Annotated[bool, typer.Option("--plan", help="Say which stages would run, and why.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON on stdout.")]
