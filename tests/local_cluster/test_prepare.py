@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from cluster.errors import SourceError, StorageError
 from cluster.stages import BY_VERB
 from cluster.storage import Artifact
 from pipelines import families, prepare
-from pipelines.data import scratch
+from pipelines.data import scratch, streaming
 from pipelines.data.corpus import Corpus
 from pipelines.data.tokenizer import END_OF_TEXT, open_tokenizer
 from tests import fakes, preparing
@@ -232,3 +234,36 @@ def test_images_go_the_same_way(root: Path) -> None:
     row = next(corpus.rows("heldout"))
     assert row["pixels"].shape == (32 * 32,)
     assert 0 <= row["label"] <= 9
+
+
+def test_the_next_task_waits_where_a_core_becomes_free(tmp_path: Path) -> None:
+    """Else a core stands still until Ray Data sees that a task is done, and gives it the next."""
+    import ray
+    from ray.util.state import list_tasks
+
+    go = tmp_path / "go"
+
+    def task(_: int) -> bool:
+        while not go.exists():
+            time.sleep(0.05)
+        return True
+
+    def states() -> list[str]:
+        return [one.state for one in list_tasks(limit=1000) if "_run_block" in one.name]
+
+    def release() -> None:
+        ends = time.monotonic() + 60
+        while "PENDING_NODE_ASSIGNMENT" not in found and time.monotonic() < ends:
+            time.sleep(0.2)
+            seen = states()
+            found[:] = seen if seen.count("RUNNING") == cores else []
+        go.touch()
+
+    found: list[str] = []
+    cores = int(ray.cluster_resources()["CPU"])
+    watch = threading.Thread(target=release)
+    watch.start()
+    with streaming.set_up({}):
+        assert all(streaming.over_partitions(range(4 * cores), task, 0))
+    watch.join()
+    assert found.count("PENDING_NODE_ASSIGNMENT") > 0
