@@ -131,7 +131,7 @@ def rounds(sides: list[str], work: dict[str, Any], count: int) -> dict[str, list
     for number in range(count):
         turn = number % len(sides)
         for side in [*sides[turn:], *sides[:turn]]:
-            began = time.monotonic()
+            began, taken = time.monotonic(), stolen()
             measured = run_side(side, work) if side in found else None
             if measured is None:
                 found.pop(side, None)
@@ -143,8 +143,19 @@ def rounds(sides: list[str], work: dict[str, Any], count: int) -> dict[str, list
                 if chain in measured
             )
             took = time.monotonic() - began
-            print(f"round {number}: {side:<10} {speeds}   ({took:.0f} s in all)", flush=True)
+            share = (stolen() - taken) / (took * (os.cpu_count() or 1))
+            print(
+                f"round {number}: {side:<10} {speeds}   "
+                f"({took:.0f} s in all, {share:.0%} of the cores taken by the host)",
+                flush=True,
+            )
     return found
+
+
+def stolen() -> float:
+    """Core seconds that a virtual machine's host gave to others so far, which no side can help."""
+    ticks = int(Path("/proc/stat").read_text("ascii").split()[8])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def figures(found: dict[str, list[dict[str, float]]], megabytes: float) -> dict[str, float]:
@@ -156,16 +167,18 @@ def figures(found: dict[str, list[dict[str, float]]], megabytes: float) -> dict[
             if not seconds:
                 continue
             said[f"{side}_{chain}_mb_per_second"] = megabytes / statistics.fmean(seconds)
-            bare = [one["tokens" if side == "ceiling" else chain] for one in found.get("bare", [])]
-            if bare and side != "bare":
-                pairs = zip(bare, seconds, strict=True)
-                said[f"{side}_{chain}_of_bare"] = statistics.geometric_mean(b / s for b, s in pairs)
-    for peer in ("datatrove", "datasets"):
-        for chain in ("tokens", "full"):
-            ours, theirs = (f"{side}_{chain}_mb_per_second" for side in ("heliostat", peer))
-            if ours in said and theirs in said:
-                said[f"heliostat_{chain}_over_{peer}"] = said[ours] / said[theirs]
+            if side != "bare" and "bare" in found:
+                bare = [one["tokens" if side == "ceiling" else chain] for one in found["bare"]]
+                said[f"{side}_{chain}_of_bare"] = ratio(bare, seconds)
+            if side in ("datatrove", "datasets") and "heliostat" in found:
+                ours = [one[chain] for one in found["heliostat"]]
+                said[f"heliostat_{chain}_over_{side}"] = ratio(seconds, ours)
     return said
+
+
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    """How many times as fast `ours` is: the mean over rounds, each of which compares its own."""
+    return statistics.geometric_mean(their / our for their, our in zip(theirs, ours, strict=True))
 
 
 def peaks(sizes: list[int], scratch: Path) -> dict[str, float]:
