@@ -62,8 +62,8 @@ class TextData(DataSection):
     vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 2048
     """Entries of a tokenizer that is trained: at least 256 bytes and one end-of-text token."""
     tokenizer_bytes: Positive = 8 * 2**20
-    """Bytes of cleaned text that the tokenizer is trained on, taken from every source and script;
-    rare ones are taken more of than their share."""
+    """Bytes of cleaned text that the tokenizer is trained on, taken from every source, language
+    and script; rare ones are taken more of than their share."""
     tokenizer: TokenizerSection = TokenizerSection()
     sequence_length: Annotated[int, Field(ge=8, le=2**20)] = 256
     """Predictions per row: a row stores this many tokens and one more."""

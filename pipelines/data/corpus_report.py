@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.data.counting import summed
 from pipelines.data.documents import SHOWN_CHARACTERS
 
 SAMPLES = 10
@@ -63,7 +64,7 @@ class Sample:
 
     place: str
     before: str | None
-    """None where it may not be shown, because personal data was to be removed from it."""
+    """Types stand in it where personal data stood; None where that would not have hidden all."""
     after: str
 
 
@@ -91,9 +92,10 @@ def page(
         _bars("Not looked at", counts.get("ignored"), "files", "No reader is for them."),
         _bars("Personal data", _personal(report), "replaced", "By type; values are kept nowhere."),
         _bars("Labels", counts.get("labels"), "documents", ""),
-        _scripts(counts.get("scripts"), facts.get("by_script")),
+        _costs("Languages", _OF_LANGUAGES, counts.get("languages"), facts.get("by_language")),
+        _costs("Scripts", _OF_SCRIPTS, counts.get("scripts"), facts.get("by_script")),
         _rows(report["splits"]),
-        _samples(samples),
+        _samples(samples, bool(counts.get("personal"))),
     ]
     head = (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -227,33 +229,48 @@ def _ticks(bins: Sequence[tuple[float, int]]) -> list[tuple[int, float]]:
     return inner + edges[-1:]
 
 
-def _scripts(
+_MEASURED = (
+    "Tokens per word are measured on the tokenizer's sample; where no spaces stand between words, "
+    "a character counts as one."
+)
+_OF_LANGUAGES = (
+    "Told from the start of a document; ISO 639 codes. und: not sure; zxx: no language, such as "
+    f"lists of codes; code: files of source code. {_MEASURED}"
+)
+_OF_SCRIPTS = f"By the script of most letters at the start of a document. {_MEASURED}"
+
+
+def _costs(
+    title: str,
+    note: str,
     kept: Mapping[str, Mapping[str, int]] | None,
     measured: Mapping[str, Mapping[str, float]] | None,
 ) -> str:
-    """What each script costs in tokens."""
-    if not kept:
+    """What each script or language costs in tokens, the largest first; what does not fit is added
+    up."""
+    ranked = sorted((kept or {}).items(), key=lambda item: (-item[1]["bytes"], item[0]))
+    if not ranked:
         return ""
-    most = max(one["bytes"] for one in kept.values())
-    rows = []
-    for name, one in sorted(kept.items(), key=lambda item: (-item[1]["bytes"], item[0])):
-        fertility = (measured or {}).get(name, {}).get("tokens_per_word")
-        rows.append(
-            f'<tr><td class="name">{escape(name)}</td>'
-            f'<td class="number">{one["documents"]:,}</td>'
-            f'<td class="number">{_size(one["bytes"])}</td>'
-            f'<td class="number">{one["bytes"] / max(one["tokens"], 1):.2f}</td>'
-            f'<td class="number">{"" if fertility is None else f"{fertility:.2f}"}</td>'
-            f"<td>{_bar(one['bytes'] / max(most, 1))}</td></tr>"
-        )
+    shown = ranked[:MOST_BARS]
+    if rest := ranked[MOST_BARS:]:
+        shown.append((f"{len(rest)} others", summed(one for _, one in rest)))
+    most = max(one["bytes"] for _, one in shown)
+    rows = "".join(_cost(name, one, (measured or {}).get(name, {}), most) for name, one in shown)
     heads = ("documents", "size", "bytes per token", "tokens per word")
     head = "".join(f'<th class="number">{text}</th>' for text in heads)
-    note = (
-        "By the script of most letters at the start of a document. Tokens per word are measured on "
-        "the tokenizer's sample; where no spaces stand between words, a character counts as one."
+    return _section(title, note, f"<table><tr><th></th>{head}<th></th></tr>{rows}</table>")
+
+
+def _cost(name: str, one: Mapping[str, int], measured: Mapping[str, float], most: int) -> str:
+    fertility = measured.get("tokens_per_word")
+    return (
+        f'<tr><td class="name">{escape(name)}</td>'
+        f'<td class="number">{one["documents"]:,}</td>'
+        f'<td class="number">{_size(one["bytes"])}</td>'
+        f'<td class="number">{one["bytes"] / max(one["tokens"], 1):.2f}</td>'
+        f'<td class="number">{"" if fertility is None else f"{fertility:.2f}"}</td>'
+        f"<td>{_bar(one['bytes'] / max(most, 1))}</td></tr>"
     )
-    table = f"<table><tr><th></th>{head}<th></th></tr>{''.join(rows)}</table>"
-    return _section("Scripts and tokens", note, table)
 
 
 def _rows(splits: Mapping[str, Mapping[str, Any]]) -> str:
@@ -270,13 +287,14 @@ def _rows(splits: Mapping[str, Mapping[str, Any]]) -> str:
     return _section("Rows", note, f"<table><tr><th></th>{head}</tr>{rows}</table>")
 
 
-def _samples(samples: Sequence[Sample]) -> str:
+def _samples(samples: Sequence[Sample], personal: bool) -> str:
     if not samples:
         return ""
-    hidden = any(sample.before is None for sample in samples)
     note = f"{len(samples)} documents, chosen by their content's hash, from their beginning."
-    if hidden:
-        note += " Not shown as they were: personal data was to be removed from them."
+    if personal:
+        note += " Where personal data stood, its type is shown."
+    if any(sample.before is None for sample in samples):
+        note += " Not shown as they were: personal data would have been seen in them."
     return _section("Before and after", note, "".join(map(_pair, samples)))
 
 

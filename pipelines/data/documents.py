@@ -5,6 +5,7 @@ a compressed or otherwise indivisible file may become many. The id of a document
 its partition, of its part and of its place there: it follows from the listing and the content.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,20 @@ import pyarrow as pa
 from cluster.config import ImageData, TextData
 from cluster.config.cleaning import Columns
 from cluster.config.data import OTHERS
-from pipelines.data import cleaning, duplicates, images, scripts, sources
+from pipelines.data import cleaning, duplicates, images, language, scripts, sources
 from pipelines.data.cleaning import Document, Drop, Rejected
 from pipelines.data.corpus import PART_BITS, PLACE_BITS
+from pipelines.data.privacy import showing
 from pipelines.data.privacy.scrub import Scrubbed, Scrubber, applies
-from pipelines.data.sources import Lines, Payload, RawText, Reading, Reject, SourceFile
+from pipelines.data.sources import (
+    CODE_EXTENSIONS,
+    Lines,
+    Payload,
+    RawText,
+    Reading,
+    Reject,
+    SourceFile,
+)
 
 MAX_BYTES_PER_CHARACTER = 4
 """Of UTF-8: a longer file is longer than `data.max_characters` whatever it holds."""
@@ -35,6 +45,7 @@ _LINEAGE = [
     ("bytes", pa.int64()),
     ("label", pa.string()),
     ("script", pa.string()),
+    ("language", pa.string()),
 ]
 _PAYLOAD: dict[Payload, list[tuple[str, pa.DataType]]] = {
     "text": [("text", pa.string()), ("before", pa.string())],
@@ -46,11 +57,11 @@ _PAYLOAD: dict[Payload, list[tuple[str, pa.DataType]]] = {
     ],
 }
 SHOWN_CHARACTERS = 600
-"""Of some documents, as they were before cleaning: column `before`, for the corpus's report. Of
-none that personal data is taken out of."""
-SHOWN_SHARE = 4
-"""One in so many, chosen by digest."""
-INDEX = ["document", "digest", "bytes", "label", "script"]
+"""Of some documents, as they were before cleaning: column `before`, for the corpus's report. Where
+personal data is taken out of them, its types stand there."""
+SHOWN_FIRST, SHOWN_SHARE = 10, 4
+"""The first few of every part, and one in so many others, chosen by digest."""
+INDEX = ["document", "digest", "bytes", "label", "script", "language"]
 """Columns that the driver needs of every document."""
 ORIGIN = ["document", "path", "row", "start", "end", "bytes"]
 """Columns that lead back to the sources: file, row, and the bytes of the record in the
@@ -138,8 +149,13 @@ class _Part:
         elif isinstance(outcome, Scrubbed):
             self._personal.update(outcome.counts)
         else:
+            if before := outcome.pop("before", None):
+                outcome["before"] = before() if self._is_shown(outcome["digest"]) else None
             self.rows.append({"document": self._first | len(self.rows), **outcome})
             self.size += outcome["bytes"]
+
+    def _is_shown(self, digest: bytes) -> bool:
+        return len(self.rows) < SHOWN_FIRST or digest[0] % SHOWN_SHARE == 0
 
     def is_full(self, size: int) -> bool:
         if len(self._rejects) == _REJECTS_LIMIT:
@@ -147,6 +163,8 @@ class _Part:
         return self.size >= size or len(self.rows) == 1 << PLACE_BITS
 
     def documents(self, payload: Payload) -> "Documents":
+        if payload == "text":
+            _tell_languages(self.rows)
         table = pa.Table.from_pylist(self.rows, schema(payload))
         sample = cleaning.sampled(self._sample)
         rejects = tuple(self._rejects)
@@ -242,23 +260,37 @@ def _text_reader(data: TextData) -> Callable[[SourceFile], Iterator[Outcome]]:
             if isinstance(text, Drop):
                 yield cleaning.rejected(document, text)
                 continue
-            personal = applies(data.privacy, file.source)
-            if personal:
+            before: Callable[[], str | None] = functools.partial(_beginning, raw.text)
+            if applies(data.privacy, file.source):
                 yield (scrubbed := scrubber.scrub(text))
+                before = functools.partial(
+                    showing.beginning, raw.text, text, scrubbed, scrubber, SHOWN_CHARACTERS
+                )
                 text = scrubbed.text
             payload = text.encode()
-            digest = duplicates.digest(payload)
-            shown = not personal and digest[0] % SHOWN_SHARE == 0
             yield _origin(file, raw.row, raw.span) | {
-                "digest": digest,
+                "digest": duplicates.digest(payload),
                 "bytes": len(payload),
                 "label": None,
                 "script": scripts.script(text),
+                "language": language.CODE if file.extension in CODE_EXTENSIONS else None,
                 "text": text,
-                "before": raw.text[:SHOWN_CHARACTERS] if shown else None,
+                "before": before,
             }
 
     return read_file
+
+
+def _beginning(text: str) -> str:
+    return text[:SHOWN_CHARACTERS]
+
+
+def _tell_languages(rows: Sequence[dict[str, Any]]) -> None:
+    """Of all documents of a part together, which is faster than one by one."""
+    prose = [row for row in rows if row["language"] is None]
+    found = language.languages([row["text"] for row in prose])
+    for row, name in zip(prose, found, strict=True):
+        row["language"] = name
 
 
 def _image_reader(data: ImageData) -> Callable[[SourceFile], Iterator[Outcome]]:
@@ -273,6 +305,7 @@ def _image_reader(data: ImageData) -> Callable[[SourceFile], Iterator[Outcome]]:
                 "bytes": raw.pixels.nbytes,
                 "label": raw.label,
                 "script": None,
+                "language": None,
                 "pixels": raw.pixels.tobytes(),
                 "height": height,
                 "width": width,

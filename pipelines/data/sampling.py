@@ -1,4 +1,4 @@
-"""The documents that an encoder learns from: any mix of sources and scripts, chosen by digest."""
+"""The documents that an encoder learns from: every source, language and script, by digest."""
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +9,7 @@ STRATA = ("source", "language", "script")
 
 def sample(index: pa.Table, limit: int) -> pa.Table:
     """About `limit` bytes of documents, at least one of each stratum: chosen by digest from each
-    source and script, as many bytes as `shares` gives it."""
+    language and script, as many bytes as `shares` gives it."""
     ordered = index.sort_by("digest")
     sizes = ordered.column("bytes").to_numpy()
     stratum = np.zeros(len(sizes), dtype=np.int64)

@@ -9,6 +9,7 @@ import functools
 import json
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ END_OF_TEXT_ID = 0
 BATCH_CHARACTERS = 1 << 20
 """Text that is encoded at once; what `tokenizers` holds for it is about 30 times as large."""
 MEASURED_CHARACTERS = 1 << 18
-"""Text of each script that a tokenizer is measured on."""
+"""Text of each script and language that a tokenizer is measured on."""
 ANY_TEXT = "naïve  Ａ床前明月光\r\n\t한국어 العربية 🌞\u200d\u0007end "
 """Comes back as it was from a tokenizer that loses nothing."""
 
@@ -47,6 +48,8 @@ class TextEncoder:
     """Measured on a sample of the training documents."""
     by_script: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Script to `bytes_per_token` and `tokens_per_word`, on the same sample."""
+    by_language: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The same by language, where it is known."""
     named: Mapping[str, str] = field(
         default_factory=lambda: dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     )
@@ -72,6 +75,7 @@ class TextEncoder:
             "sequence_length": self.sequence_length,
             "bytes_per_token": self.bytes_per_token,
             "by_script": {name: dict(found) for name, found in self.by_script.items()},
+            "by_language": {name: dict(found) for name, found in self.by_language.items()},
             "lossless": lossless(self.tokenizer),
         }
         spelled = [self.tokenizer.token_to_id(byte) for byte in vocabulary.alphabet()]
@@ -89,7 +93,9 @@ class TextEncoder:
         rows = packing.to_table(packed, self._segment_bytes(packed, tokens, ids, sizes))
         if "script" not in documents.column_names:
             return rows
-        counts = packed.counts | {"scripts": _per_script(documents, tokens)}
+        counts = packed.counts | {"scripts": _per("script", documents, tokens)}
+        if "language" in documents.column_names:
+            counts["languages"] = _per("language", documents, tokens)
         return rows.replace_schema_metadata({"counts": json.dumps(counts)})
 
     def save(self, folder: Path) -> None:
@@ -134,7 +140,7 @@ def fit(config: "RunConfig", sample: pa.Table) -> TextEncoder:
     A small sample may hold fewer pieces than `data.vocab_size` asks for; `facts` tells the truth.
 
     Args:
-        sample: cleaned documents, `text` and, where it is known, `script`.
+        sample: cleaned documents, `text` and, where it is known, `language`.
 
     Raises:
         SourceError: if `data.tokenizer.path` holds no tokenizer that can be used.
@@ -152,10 +158,13 @@ def fit(config: "RunConfig", sample: pa.Table) -> TextEncoder:
         if MASK in section.special_tokens:
             ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
             named = {"named": ends | {"mask_token": MASK}}
-    density, by_script = _measured(open_tokenizer(serialized), texts)
-    return TextEncoder(
-        serialized, data.sequence_length, density, by_script, layout=data.packing, **named
+    languages = (
+        sample.column("language").to_pylist()
+        if "language" in sample.column_names
+        else [""] * len(texts)
     )
+    measured = _measured(open_tokenizer(serialized), texts, languages)
+    return TextEncoder(serialized, data.sequence_length, *measured, layout=data.packing, **named)
 
 
 @functools.lru_cache(maxsize=4)
@@ -253,43 +262,62 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _per_script(documents: pa.Table, tokens: Sequence[np.ndarray]) -> dict[str, dict[str, int]]:
-    """Script to `documents`, `bytes` and `tokens`."""
-    counted = documents.select(["script", "bytes"]).append_column(
+def _per(name: str, documents: pa.Table, tokens: Sequence[np.ndarray]) -> dict[str, dict[str, int]]:
+    """Value of a column, such as a script, to `documents`, `bytes` and `tokens`."""
+    counted = documents.select([name, "bytes"]).append_column(
         "tokens", pa.array([len(ids) for ids in tokens], pa.int64())
     )
-    sums = counted.group_by("script").aggregate(
+    sums = counted.group_by(name).aggregate(
         [("bytes", "count"), ("bytes", "sum"), ("tokens", "sum")]
     )
     return {
-        row["script"]: {
+        row[name]: {
             "documents": row["bytes_count"],
             "bytes": row["bytes_sum"],
             "tokens": row["tokens_sum"],
         }
-        for row in sums.sort_by("script").to_pylist()
+        for row in sums.sort_by(name).to_pylist()
     }
 
 
+Figures = dict[str, dict[str, float]]
+
+
 def _measured(
-    tokenizer: Tokenizer, texts: Sequence[str]
-) -> tuple[float, dict[str, dict[str, float]]]:
-    """Bytes per token of all that is measured, and figures of each script."""
-    chosen: dict[str, list[str]] = {}
-    room: dict[str, int] = {}
-    for text in texts:
-        name = scripts.script(text)
-        if room.setdefault(name, MEASURED_CHARACTERS) > 0:
-            chosen.setdefault(name, []).append(text[: room[name]])
-            room[name] -= len(text)
-    sizes, found = np.zeros(2, dtype=np.int64), {}
-    for name in sorted(chosen):
-        encoded = sum(len(text.encode()) for text in chosen[name])
-        count = sum(len(ids) for ids in encode_texts(tokenizer, chosen[name]))
-        sizes += (encoded, count)
-        words = sum(map(scripts.words, chosen[name]))
-        found[name] = {
-            "bytes_per_token": encoded / max(count, 1),
-            "tokens_per_word": count / max(words, 1),
+    tokenizer: Tokenizer, texts: Sequence[str], languages: Sequence[str]
+) -> tuple[float, Figures, Figures]:
+    """Bytes per token of all that is measured, and figures of each script and each language."""
+    chosen: dict[tuple[str, str], list[str]] = {}
+    room: Counter[tuple[str, str]] = Counter()
+    for text, language in zip(texts, languages, strict=True):
+        pair = scripts.script(text), language
+        if (left := MEASURED_CHARACTERS - room[pair]) > 0:
+            chosen.setdefault(pair, []).append(text[:left])
+            room[pair] += len(text)
+    counted = {pair: _sizes(tokenizer, chosen[pair]) for pair in sorted(chosen)}
+    size, count, _ = sum(counted.values(), np.zeros(3, dtype=np.int64))
+    by_script, by_language = (_figures(counted, place) for place in (0, 1))
+    by_language.pop("", None)
+    return float(size / max(count, 1)), by_script, by_language
+
+
+def _sizes(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """Bytes, tokens and words."""
+    tokens = sum(len(ids) for ids in encode_texts(tokenizer, texts))
+    return np.array(
+        [sum(len(text.encode()) for text in texts), tokens, sum(map(scripts.words, texts))]
+    )
+
+
+def _figures(counted: Mapping[tuple[str, str], np.ndarray], place: int) -> Figures:
+    """Of each script (place 0) or language (place 1) of the pairs."""
+    sums: dict[str, np.ndarray] = {}
+    for pair, sizes in counted.items():
+        sums[pair[place]] = sums.get(pair[place], 0) + sizes
+    return {
+        name: {
+            "bytes_per_token": float(size / max(count, 1)),
+            "tokens_per_word": float(count / max(words, 1)),
         }
-    return float(sizes[0] / max(sizes[1], 1)), found
+        for name, (size, count, words) in sorted(sums.items())
+    }

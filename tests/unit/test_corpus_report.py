@@ -25,11 +25,17 @@ REPORT = {
             "Latin": {"documents": 20, "bytes": 6_000, "tokens": 1_500},
             "Han": {"documents": 10, "bytes": 3_000, "tokens": 1_000},
         },
+        "languages": {
+            "de": {"documents": 12, "bytes": 4_000, "tokens": 1_000},
+            "zh": {"documents": 10, "bytes": 3_000, "tokens": 1_000},
+            **{f"x{n:02d}": {"documents": 1, "bytes": 100, "tokens": 40} for n in range(30)},
+        },
     },
     "facts": {
         "bytes_per_token": 3.6,
         "vocab_size": 512,
         "by_script": {"Han": {"tokens_per_word": 1.25}},
+        "by_language": {"de": {"tokens_per_word": 2.75}},
     },
     "splits": {
         "train": {"documents": 28, "bytes": 8_000, "rows": 40, "padding_share": 0.012},
@@ -80,6 +86,10 @@ def test_everything_that_is_known_is_said() -> None:
         "email|17",
         "23.8%",  # 10 copies of 42 documents
         "Han|10|3.0 kB|3.00|1.25",
+        "Languages|Told from the start",
+        "de|12|4.0 kB|4.00|2.75",
+        "zh|10|3.0 kB|3.00|",
+        "7 others|7|700 B|2.50|",
         "1.2%",
         "床前\N{SYMBOL FOR CARRIAGE RETURN}明月光",
     ):
@@ -93,9 +103,10 @@ def test_what_documents_say_is_never_markup() -> None:
     assert text.words.count(trick) == 3
 
 
-def test_documents_that_may_hold_personal_data_are_shown_after_cleaning_only() -> None:
+def test_documents_that_would_show_personal_data_are_shown_after_cleaning_only() -> None:
     text = Text(page(Sample("a", None, "write to [EMAIL_1]")))
-    assert "[EMAIL_1]" in text.words and "personal data was to be removed" in text.words
+    assert "[EMAIL_1]" in text.words and "personal data would have been seen" in text.words
+    assert "its type is shown" in text.words
 
 
 def test_bins_double_and_leave_no_gap() -> None:
@@ -134,7 +145,42 @@ def test_a_corpus_carries_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         config = fakes.config("gpt-demo", *given, root="root")
         found.append(observed_data.corpus(config).read_bytes("report.html"))
     assert found[0] == found[1]
-    # As it was, a document is shown only if nothing was to be taken out of it.
-    assert b'class="pair"' not in found[0] and b'class="pair"' in found[2]
+    assert all(one.count(b'class="pair"') == corpus_report.SAMPLES for one in found)
     words = Text(found[0]).words
-    assert "定日镜" in words and "Scripts and tokens" in words and "Han" in words
+    assert "定日镜" in words and "|Scripts|" in words and "|Han|" in words and "|zh|" in words
+
+
+TALKS = {
+    "en": "The mirror follows the sun all day and throws its light at one point. Mail {} then.\n",
+    "de": "Der Spiegel folgt den ganzen Tag der Sonne und wirft ihr Licht. Dann an {} schreiben.\n",
+    "zh": "定日镜整天跟随太阳转动，把阳光反射到高塔顶端的同一个点上。请发邮件到{}联系。\n",
+}
+
+
+@pytest.mark.parametrize("apply", ["auto", "never"])
+def test_ten_documents_are_shown_before_and_after_and_no_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apply: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    docs, values = tmp_path / "docs", []
+    docs.mkdir()
+    for n in range(36):
+        name = list(TALKS)[n % 3]
+        values += [f"anna.no{n}@example.org", f"page.no{n}@example.org"]
+        text = "".join(TALKS[name].format(value) for value in values[-2:]) + f"No. {n}\x07 {name}"
+        (docs / f"{n}.txt").write_text(text, encoding="utf-8")
+    given = ("data.sources=[docs]", "data.vocab_size=300", f"data.privacy.apply={apply}")
+    given += ("data.heldout_fraction=0.2",)
+    made, _ = observed_data.prepared(fakes.config("gpt-demo", *given, root="root"))
+    report = made.read_bytes("report.html")
+    words = Text(report).words
+    assert report.count(b'class="pair"') == corpus_report.SAMPLES
+    assert words.count("\N{SYMBOL FOR BELL}") == corpus_report.SAMPLES  # as they came
+    assert ("[EMAIL]" in words) == ("[EMAIL_1]" in words) == (apply == "auto")
+    assert any(value in words for value in values) == (apply == "never")
+    found = made.manifest.detail
+    assert {name: one["documents"] for name, one in found["counts"]["languages"].items()} == {
+        name: 12 for name in TALKS
+    }
+    assert set(found["facts"]["by_language"]) == set(TALKS)
+    assert all(f"|{name}|12|" in words for name in TALKS)

@@ -95,6 +95,14 @@ def test_every_source_and_script_is_in_the_sample() -> None:
     assert 3000 <= sum(taken.column("bytes").to_pylist()) < 3100
 
 
+def test_languages_of_one_script_are_each_in_the_sample() -> None:
+    languages = ["de"] * 4 + ["fr"] * 36 + ["en"] * 360
+    table = index(TEXTS).drop_columns("language").append_column("language", pa.array(languages))
+    counted = Counter(sampling.sample(table, 3000).column("language").to_pylist())
+    assert counted["de"] == 4  # all there is
+    assert 36 * 3000 / 11_000 < counted["fr"] < counted["en"]
+
+
 @pytest.mark.parametrize(
     ("sizes", "limit", "dealt"),
     [

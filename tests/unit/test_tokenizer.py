@@ -88,6 +88,29 @@ def test_facts_tell_the_true_size_and_the_cost_of_each_script(encoder: TextEncod
     (ids,) = tokenizer.encode_texts(encoder.tokenizer, [TEXTS[1]])
     assert by_script["Han"]["bytes_per_token"] == len(TEXTS[1].encode()) / len(ids)
     assert by_script["Han"]["tokens_per_word"] == len(ids) / scripts.words(TEXTS[1])
+    assert encoder.facts()["by_language"] == {}  # nothing said what it is
+
+
+def test_languages_of_one_script_have_figures_of_their_own() -> None:
+    english, german = "the mirror follows the sun " * 30, "der Spiegel folgt der Sonne " * 60
+    table = sample([english, german, TEXTS[1]])
+    table = table.append_column("language", pa.array(["en", "de", "zh"]))
+    encoder = tokenizer.fit(config(), table)
+    facts = encoder.facts()
+    assert set(facts["by_language"]) == {"en", "de", "zh"}
+    assert facts["by_language"]["zh"] == facts["by_script"]["Han"]
+    for name, text in (("en", english), ("de", german)):
+        (ids,) = tokenizer.encode_texts(encoder.tokenizer, [text])
+        assert facts["by_language"][name]["bytes_per_token"] == len(text) / len(ids)
+        assert facts["by_language"][name]["tokens_per_word"] == len(ids) / scripts.words(text)
+    sizes = [len(text.encode()) for text in (english, german, TEXTS[1])]
+    table = table.append_column("bytes", pa.array(sizes))
+    rows = encoder.encode(table.append_column("script", pa.array(["Latin", "Latin", "Han"])))
+    counts = json.loads(rows.schema.metadata[b"counts"])
+    assert {name: one["bytes"] for name, one in counts["languages"].items()} == dict(
+        zip(("en", "de", "zh"), sizes, strict=True)
+    )
+    assert counts["scripts"]["Latin"]["documents"] == 2
 
 
 def test_rows_hold_the_documents_and_the_encoder_travels(encoder: TextEncoder) -> None:
