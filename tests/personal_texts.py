@@ -102,6 +102,13 @@ NAMED = {
         "fr": ["Date de naissance : {}", "Elle est née le {} à Lyon."],
         "es": ["Fecha de nacimiento: {}", "Nacida el {} en Jaén."],
     },
+    "address": {
+        "en": ["I live at {}.", "Address: {}.", "Ship it to {}, please."],
+        "zh": ["地址：{}。", "我住在{}。", "请寄到{}，谢谢。"],
+        "de": ["Anschrift: {}.", "Ich wohne in {}, ganz oben.", "Bitte an {} schicken."],
+        "fr": ["Adresse : {}.", "J'habite {}, au fond.", "Livrez au {}."],
+        "es": ["Dirección: {}.", "Vivo en {}, arriba.", "Envíelo a {}."],
+    },
     "key": {
         "en": ["Deploy with {} tonight.", "key: {}"],
         "zh": ["密钥是{}。", "请用{}部署。"],
@@ -161,6 +168,36 @@ def birth_date(rng: Random, language: str) -> str:
     return rng.choice([long, f"{on}", f"{on:%d/%m/%Y}", f"{on:%d.%m.%Y}"])
 
 
+def address(rng: Random, language: str) -> str:
+    """In the forms that the rules promise: number and street, town and code."""
+    number, code = rng.randint(1, 199), f"{rng.randint(10_000, 89_999)}"
+    town = {
+        "en": rng.choice(["Springfield, IL", "Salem, OR", "Santa Clara, CA"]),
+        "de": rng.choice(["Berlin", "Frankfurt am Main", "Köln"]),
+        "fr": rng.choice(["Paris", "Lyon", "Saint-Étienne"]),
+        "es": rng.choice(["Madrid", "Jaén", "Santiago de Compostela"]),
+        "zh": rng.choice(["北京市朝阳区", "上海市浦东新区", "广东省深圳市南山区"]),
+    }[language]
+    street = {
+        "en": rng.choice(["Evergreen Terrace", "Main Street", "N. Oak Ave.", "42nd St"]),
+        "de": rng.choice(["Hauptstraße", "Goethestr.", "Lindenweg", "Karl-Marx-Allee"]),
+        "fr": rng.choice(["rue de la Paix", "avenue Victor Hugo", "bd Saint-Michel"]),
+        "es": rng.choice(["Calle Mayor", "Avda. de América", "Plaza de España"]),
+        "zh": rng.choice(["建国路", "人民大道", "长安街", "中山北路"]),
+    }[language]
+    if language == "zh":
+        rest = rng.choice(["", f"{rng.randint(1, 30)}号楼{rng.randint(101, 2909)}室"])
+        return f"{town}{street}{number}号{rest}"
+    end = f"{town} {code}" if language == "en" else f"{code} {town}"
+    lines = rng.choice([", ", "\n"])
+    if language in ("en", "fr"):
+        return f"{number} {street}{lines}{end}"
+    return f"{street} {number}{lines}{end}"
+
+
+OF_LANGUAGE = {"birth_date": birth_date, "address": address}
+
+
 # ------------------------------------------------------------------ carelessness
 
 
@@ -207,25 +244,26 @@ def careless_email(rng: Random, text: str) -> str:
 
 KINDS = ("email", "phone", "card", "iban", "national_id", "ip", "mac", "url", "key", "birth_date")
 WEIGHTS = (5, 6, 4, 3, 7, 3, 2, 2, 3, 3)
+"""Addresses are asked for by name: their forms are promised, and nothing that has no form."""
 
 
-def documents(count: int, seed: int) -> list[Draft]:
+def documents(count: int, seed: int, kinds: Sequence[str] = KINDS) -> list[Draft]:
     rng = Random(seed)
-    return [document(rng, rng.choice(list(PLAIN))) for _ in range(count)]
+    return [document(rng, rng.choice(list(PLAIN)), kinds) for _ in range(count)]
 
 
-def document(rng: Random, language: str) -> Draft:
+def document(rng: Random, language: str, kinds: Sequence[str] = KINDS) -> Draft:
     draft = Draft()
     wanted = ["value"] * rng.randint(0, 5) + ["trap"] * rng.randint(1, 4)
     wanted += ["plain"] * rng.randint(2, 6) + ["private_key"] * (rng.random() < 0.05)
     rng.shuffle(wanted)
     for what in wanted:
-        _sentence(draft, rng, language, what)
+        _sentence(draft, rng, language, what, kinds)
         draft.text += rng.choice([" ", "\n", "\n\n"])
     return draft
 
 
-def _sentence(draft: Draft, rng: Random, language: str, what: str) -> None:
+def _sentence(draft: Draft, rng: Random, language: str, what: str, kinds: Sequence[str]) -> None:
     if what == "plain":
         draft.add(rng.choice(PLAIN[language]))
     elif what == "trap":
@@ -234,7 +272,8 @@ def _sentence(draft: Draft, rng: Random, language: str, what: str) -> None:
     elif what == "private_key":
         draft.add("\n{}\n", what, values.private_key(rng))
     else:
-        _value(draft, rng, language, rng.choices(KINDS, WEIGHTS)[0])
+        weights = WEIGHTS if kinds == KINDS else None
+        _value(draft, rng, language, rng.choices(kinds, weights)[0])
 
 
 def _value(draft: Draft, rng: Random, language: str, kind: str) -> None:
@@ -254,8 +293,8 @@ def _value(draft: Draft, rng: Random, language: str, kind: str) -> None:
         make, sentences, alone = rng.choice(IDS)
         sentences = [*sentences, *(BARE[language] if alone else ())]
         value = careless(rng, make(rng))
-    elif kind == "birth_date":
-        value = birth_date(rng, language)
+    elif kind in OF_LANGUAGE:
+        value = OF_LANGUAGE[kind](rng, language)
     elif kind == "key" and rng.random() < 0.4:
         sentences, value = ASSIGNED, values.assigned_key(rng)
     else:
