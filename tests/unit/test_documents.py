@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from cluster import loading
 from cluster.config import TextData
 from pipelines.data import documents, sources
 from pipelines.data.corpus import PART_BITS, PLACE_BITS, part_name
@@ -82,6 +85,41 @@ def test_rules_see_the_other_cells_of_a_row(packed: Path) -> None:
     found = parts(packed, cleaning=(step, "compose"), partition_bytes=10**6)
     assert [part.table.num_rows for part in found] == [10]
     assert found[0].leavings.drops == {"columns.bounds": 49}
+
+
+def test_tables_with_columns_of_different_names_become_one_schema(tmp_path: Path) -> None:
+    """As one recipe says it: the column of each source, and of all others."""
+    said = {
+        "a": "镜子跟随太阳",
+        "b": "der Spiegel folgt",
+        "c": "the mirror follows",
+        "d": "le miroir",
+    }
+    web, chats, rest = (tmp_path / name for name in ("web.parquet", "chats.jsonl", "rest.csv"))
+    pq.write_table(pa.table({"id": [1], "text": ["not this"], "content": [said["a"]]}), web)
+    chats.write_text(json.dumps({"body": said["b"], "text": "not this"}) + "\n" + '{"text": "x"}\n')
+    rest.write_text(f"id,text\n1,{said['c']}\n2,{said['d']}\n")
+    given = loading.load(
+        "gpt-demo",
+        [
+            f"data.sources=[{web}, {chats}, {rest}]",
+            f"data.columns={{'{web}': {{text: content}}, '{chats}': {{text: body}}}}",
+            "data.min_characters=1",
+        ],
+    )
+    assert isinstance(given.data, TextData)
+    found = sources.listing(given.data.sources, "text", documents.readings(given.data))
+    read = documents.read(found.files, given.data, 0)
+    assert read.table.schema == documents.schema("text")
+    table = read.table.select(["path", "row", "text"]).to_pylist()
+    assert {(Path(one["path"]).name, one["row"], one["text"]) for one in table} == {
+        ("web.parquet", 1, said["a"]),
+        ("chats.jsonl", 1, said["b"]),
+        ("rest.csv", 2, said["c"]),
+        ("rest.csv", 3, said["d"]),
+    }
+    (reject,) = read.leavings.rejects
+    assert reject.row == 2 and "body" in reject.reason
 
 
 @pytest.mark.parametrize(
