@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.data import packing
+from pipelines.data import packing, tokenizer
+from tests import fakes
 
 EOT = 0
 
@@ -131,6 +133,55 @@ def test_places_lead_back_into_the_document(
             place = row["segment_places"][number]
             part = row["tokens"][bounds[number] : bounds[number + 1]]
             assert part == chain[place : place + len(part)]
+
+
+TEXTS = [
+    "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
+    "短",
+    "定日镜整天跟随太阳转动，把阳光反射到高塔顶端的同一个点上。\n" * 6,
+    "mixed 混合 текст 𠮷 🌞",
+    "１２３４年，王芳",
+]
+"""Of characters of one to four bytes; the third is longer than any row."""
+PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+"""Bytes that stand for themselves in a vocabulary of bytes, as GPT-2 has it; the others follow from
+256 on."""
+
+
+@pytest.mark.parametrize("layout", ["split", "best_fit"])
+@pytest.mark.parametrize("vocab_size", [257, 400])
+def test_no_character_of_chinese_is_lost(layout: str, vocab_size: int) -> None:
+    """Every byte of every text stands in one place of one row, also where a row ends inside of a
+    character: with 257 pieces, each byte is a token."""
+    sizes = [len(text.encode()) for text in TEXTS]
+    table = pa.table({"document": range(7, 12), "text": TEXTS, "bytes": sizes})
+    given = (f"data.vocab_size={vocab_size}", f"data.packing={layout}", "data.sequence_length=16")
+    encoder = tokenizer.fit(fakes.config("gpt-demo", *given), table)
+    lengths = tokenizer.byte_lengths(encoder.serialized)
+    vocabulary = {number: piece for piece, number in encoder.tokenizer.get_vocab().items()}
+    byte_of = {chr(n): n for n in PRINTED} | {
+        chr(256 + place): n for place, n in enumerate(sorted(set(range(256)) - set(PRINTED)))
+    }
+    found = [bytearray(size) for size in sizes]
+    covered = [0] * len(TEXTS)
+    for row in encoder.encode(table).to_pylist():
+        bounds = [*row["segment_starts"], row["used"]]
+        for number, document in enumerate(row["segment_documents"]):
+            place = row["segment_bytes"][number]
+            tokens = row["tokens"][bounds[number] : bounds[number + 1]]
+            # The last token of a row is the first of the next: it is predicted once.
+            overlap = number == 0 and row["segment_places"][0] > 0
+            for at, token in enumerate(tokens):
+                size = int(lengths[token])
+                piece = bytes(byte_of[c] for c in vocabulary[token]) if size else b""
+                assert len(piece) == size
+                whole = TEXTS[document - 7].encode()
+                assert whole[place : place + size] == piece
+                found[document - 7][place : place + size] = piece
+                covered[document - 7] += 0 if overlap and at == 0 else size
+                place += size
+    assert [bytes(one).decode() for one in found] == TEXTS
+    assert covered == sizes
 
 
 def test_best_fit_fills_rows() -> None:
