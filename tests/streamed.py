@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 
@@ -32,6 +33,13 @@ SETTINGS = [
     "data.partition_bytes=500",
     "data.row_group_rows=16",
 ]
+
+
+def documents(folder: Path, count: int = 24) -> None:
+    folder.mkdir()
+    for n in range(count):
+        text = f"第{n}篇：定日镜跟随太阳，把光投向一点。def f{n}(x):\n    return x + {n}\n"
+        (folder / f"{n:03d}.txt").write_text(text * (1 + n % 3), encoding="utf-8")
 
 
 def config(root: str, docs: str, *more: str) -> RunConfig:

@@ -83,11 +83,11 @@ def say(store: Store, job: TrainJob, config: RunConfig) -> None:
     plan = Corpus(store.artifact("corpus", *job.corpus)).artifact.manifest.detail["stream"]
     text = f"pretrain: streaming {plan['partitions']:,} partitions"
     if at.step:
-        text += (
-            f"; step {at.step} has seen {len(at.done):,} of them whole, the others are read again "
-            "from their beginning (at least once, by partition)"
-        )
-    progress.say(text)
+        text += f"; step {at.step} has seen {len(at.done):,} of them whole"
+    progress.say(
+        f"{text}; each row of an epoch is trained on at least once: where workers stop, partitions "
+        "that were not seen whole are read again from their beginning"
+    )
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,15 @@ from pipelines.training.checkpoint import read_history
 from tests import streamed
 
 
-def documents(folder: Path, count: int = 24) -> None:
-    folder.mkdir()
-    for n in range(count):
-        text = f"第{n}篇：定日镜跟随太阳，把光投向一点。def f{n}(x):\n    return x + {n}\n"
-        (folder / f"{n:03d}.txt").write_text(text * (1 + n % 3), encoding="utf-8")
-
-
 def test_every_row_of_an_epoch_is_trained_on_at_least_once(tmp_path: Path) -> None:
     docs, root = tmp_path / "docs", tmp_path / "root"
-    documents(docs)
+    streamed.documents(docs)
     command = [sys.executable, "-m", "tests.streamed", str(root), str(docs)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["killed"] == 1
+    assert "each row of an epoch is trained on at least once" in done.stdout
     assert told["prepared"] and told["trains"] not in told["prepared"]
 
     finished = Store(str(root)).latest("checkpoint", streamed.NAME)

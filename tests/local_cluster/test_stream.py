@@ -9,17 +9,15 @@ import pytest
 
 from cluster.config import RunConfig
 from cluster.session import open_store
-from cluster.storage import Artifact
+from cluster.storage import Artifact, Store
 from pipelines import prepare, pretrain
+from pipelines.data import live
 from pipelines.data.live import Place
-from pipelines.training import stream
-from tests import fakes
+from pipelines.training import ledger, stream
+from tests import fakes, streamed
+from tests.hunting import Hunter
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.chaos,
-    pytest.mark.usefixtures("ray_session"),
-]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
 DOCUMENTS = 48
 ROW = 1 << 17
@@ -107,6 +105,7 @@ def left_alone(pile: Path, corpus: Artifact, may_wait: int) -> tuple[int, list[A
     return ahead, [*first, *rows]
 
 
+@pytest.mark.chaos
 def test_no_more_is_prepared_than_may_wait(pile: Path, corpus: Artifact) -> None:
     bounded, rows = left_alone(pile, corpus, MAY_WAIT)
     most = MAY_WAIT // ROW_BYTES + RUNNING
@@ -117,6 +116,7 @@ def test_no_more_is_prepared_than_may_wait(pile: Path, corpus: Artifact) -> None
     assert free > 2 * bounded
 
 
+@pytest.mark.chaos
 def test_a_stream_weighs_its_sources(pile: Path, corpus: Artifact) -> None:
     mix = f"train.mix={{'{pile}/诗': 2, '{pile}/code': 0}}"
     settings = config(pile, Path(corpus.store.base), mix)
@@ -126,3 +126,33 @@ def test_a_stream_weighs_its_sources(pile: Path, corpus: Artifact) -> None:
         for row in batches(settings, corpus)
     ]
     assert len(sources) > 30 and set(sources) == {f"{pile}/诗"}
+
+
+def test_a_stream_goes_on_where_it_stopped(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rows of partitions that were open are seen again, none is left out, and the log says so."""
+    docs = root.parent / "docs"
+    streamed.documents(docs)
+    given = ("train.steps=24", "train.checkpoint_every=4", "train.max_failures=0")
+    settings = streamed.config(str(root), str(docs), *given)
+    store = Store(str(root))
+    prepare.run(settings)
+    with (
+        Hunter(store, streamed.NAME, kills=1),
+        pytest.raises(Exception, match="training failed"),
+    ):
+        pretrain.run(settings)
+    stopped = store.latest("checkpoint", streamed.NAME)
+    assert stopped is not None and not stopped.manifest.complete
+    capfd.readouterr()
+    finished = pretrain.run(settings).artifact
+    step = stopped.manifest.detail["step"]
+    said = capfd.readouterr().out
+    assert f"; step {step} has seen " in said and "is trained on at least once: where" in said
+    assert finished is not None and finished.manifest.complete
+    led = ledger.read(finished)
+    assert sorted(set(led["step"].tolist())) == list(range(1, 25))
+    first = led["epoch"] == 0
+    whole = live.finished(led["epoch"][first], led["sample"][first])
+    seen = {Place.of(int(number)).partition for number in led["sample"]}
+    assert led["epoch"].max() > 0 and {piece.partition for piece in whole} == seen
+    assert len(seen) > 10
