@@ -71,6 +71,8 @@ def found(text: str) -> list[tuple[str, str]]:
         ("in der Hauptstraße 12, 10115 Berlin, oben", "in der [ADDRESS_1], oben"),
         ("地址：北京市朝阳区建国路88号3号楼1203室。", "地址：[ADDRESS_1]。"),
         ("12 rue de la Paix, 75002 Paris.", "[ADDRESS_1]."),
+        ("Au 3 bd Carnot\n42000 Saint-Étienne, oui", "Au [ADDRESS_1], oui"),
+        ("5 cours Mirabeau, 13100 Aix-en-Provence.", "[ADDRESS_1]."),
         ("To 742 Evergreen Terrace, Springfield, IL 62704.", "To [ADDRESS_1]."),
         # national numbers: made up, with right check digits
         ("AHV-Nr. 756.9217.0769.85, ok", "AHV-Nr. [NATIONAL_ID_1], ok"),

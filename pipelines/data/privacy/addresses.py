@@ -36,7 +36,8 @@ _FRENCH = _form(
     r"(?<![\w.,/\-])\d{1,4}(?: ?(?:bis|ter))?,? ",
     r"(?:rue|avenue|av\.|boulevard|bd|place|chemin|allée|impasse|quai|cours) ",
     rf"[^\n\d,\0]{{2,50}}{_JOIN}\d{{5}} ",
-    rf"[{_UP}][{_LOW}\-]{{1,30}}(?:[ \-][{_UP}][{_LOW}\-]{{1,30}}){{0,3}}",
+    # Saint-Étienne, Aix-en-Provence
+    rf"{_WORD}(?:[ \-](?:(?:sur|sous|en|d[eu]s?|l[aeè]s?|aux?)[ \-]){{0,2}}{_WORD}){{0,3}}",
 )
 _SPANISH = _form(
     r"(?<!\w)(?:[Cc]alle|[Cc]/|[Aa]venida|[Aa]vda\.?|[Pp]laza|[Pp]aseo|[Vv]ia|[Vv]iale|[Pp]iazza",
