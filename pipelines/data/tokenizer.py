@@ -163,8 +163,17 @@ def fit(config: "RunConfig", sample: pa.Table) -> TextEncoder:
         if "language" in sample.column_names
         else [""] * len(texts)
     )
-    measured = _measured(open_tokenizer(serialized), texts, languages)
-    return TextEncoder(serialized, data.sequence_length, *measured, layout=data.packing, **named)
+    tokenizer = open_tokenizer(serialized)
+    density, by_script, by_language = _measured(tokenizer, texts, languages)
+    return TextEncoder(
+        serialized,
+        data.sequence_length,
+        density,
+        by_script,
+        by_language,
+        layout=data.packing,
+        **named,
+    )
 
 
 @functools.lru_cache(maxsize=4)
