@@ -108,9 +108,7 @@ def replicas() -> int:
     import ray.serve
 
     deployment = ray.serve.status().applications[deploy.APPLICATION].deployments["tiny"]
-    return sum(
-        count for state, count in deployment.replica_states.items() if state.value != "STOPPING"
-    )
+    return sum(count for state, count in deployment.replica_states.items() if state != "STOPPING")
 
 
 async def hunt(rng: random.Random) -> list[int]:

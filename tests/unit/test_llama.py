@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cluster.errors import CapacityError
+from serving.engines import loading
 from serving.engines.fast import FastRunner
 from serving.engines.linear import SAME, Both, Int8, Packed, Plain, converted
 from serving.engines.llama import Shape, fits
@@ -160,6 +161,19 @@ def test_a_reply_does_not_depend_on_its_neighbours(kind: Any, precision: Any, fo
         assert torch.equal(*rows)
 
 
+@pytest.mark.parametrize(("kind", "precision"), [(Packed, "fp32"), (Int8, "int8")])
+def test_nor_does_it_depend_on_how_long_they_are(kind: Any, precision: Any, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for length in (3, 40, 100):  # each makes attention cover more places
+        runner = runner_of(model, folder, kind, precision)
+        runner.forward([], [Feed(0, 0, [5, 6, 7], 0), Feed(1, 0, list(range(length)), 0)])
+        found.append(runner.forward([Feed(0, 3, [8], 1), Feed(1, length, [9], 1)], [])[0])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_in_constant_shape_rounding_does_not_depend_on_company(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -193,6 +207,18 @@ def test_the_weights_are_held_by_what_is_right_and_fast_here(folder: Path) -> No
     assert choose_kind(shape, "bf16", twice=True)[0] in ("bf16", "fp32")
     with pytest.raises(ValueError, match="fp64"):
         open_runner(folder, 128, Options(slots=1, precision="fp64"))  # type: ignore[arg-type]
+
+
+def test_products_that_leave_sixteen_bits_rule_out_8_bit_weights() -> None:
+    """As on CPUs that add products of 8 bits up in 16."""
+
+    class Saturating(Int8):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return super().__call__(x).clamp(max=100)
+
+    weight = torch.randn(64, 256) * 256**-0.5
+    assert isinstance(loading._checked(Int8, weight, "int8"), Int8)
+    assert loading._checked(Saturating, weight, "int8") is None
 
 
 def test_a_cache_that_cannot_fit_is_refused_with_the_cure(folder: Path) -> None:
