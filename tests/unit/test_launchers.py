@@ -22,6 +22,7 @@ import typer
 import yaml
 
 from cluster import cli, loading, panels
+from cluster.autoscaling import growth_of
 from cluster.config import ServeSection
 from serving import deploy
 from tests import manifests
@@ -311,6 +312,8 @@ def test_amazon_is_asked_for_what_the_file_says(
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         launcher = yaml.safe_load(text(RAY_UP["aws"]).replace("ami-REPLACE-ME", image))
         config = bootstrap_aws(prepare_config(launcher))
+        # So much may a run have, by the file as the head gets it.
+        assert growth_of(config).limits()["GPU"] == 64
         provider = AWSNodeProvider(config["provider"], config["cluster_name"])
         for name, kind in config["available_node_types"].items():
             labels = {"ray-user-node-type": name, "ray-node-kind": "worker"}
