@@ -1,4 +1,4 @@
-"""Training and preparing on hosts of one CPU core each, 1 against as many as the machine has cores.
+"""Training and preparing on hosts of one CPU core each: on 1, 2 and 4, as far as there are cores.
 
 Hosts are those of `tests/lab.py`: network namespaces with an sshd in each, made one cluster by
 `ray up`, every host pinned to a core of its own, at most four. The peer is one of them, by its
@@ -39,10 +39,8 @@ def measure(cluster: Launched, hosts: int, number: int) -> dict[str, float]:
     name = f"scale-{number}-{hosts}"
     words = ("submit", "up", "gpt-demo", "--to", "pretrain", "--name", name)
     changes = [f"name={name}", f"storage.root={STORE}/root", f"train.workers={hosts}", *SETTINGS]
-    # The last host has none of the head's processes beside its work.
-    role = f"{{role: host{len(cluster.lab.hosts)}}}"
-    if hosts < len(cluster.lab.hosts):
-        changes += [f"prepare.labels={role}", f"train.labels={role}"]
+    labels = f"{{role: {selector(hosts, len(cluster.lab.hosts))}}}"
+    changes += [f"prepare.labels={labels}", f"train.labels={labels}"]
     done = cluster.heliostat(*words, *changes, timeout=400)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     store = Store(str(cluster.lab.store / "root"))
@@ -60,6 +58,11 @@ def measure(cluster: Launched, hosts: int, number: int) -> dict[str, float]:
     }
 
 
+def selector(hosts: int, there: int) -> str:
+    """Of so many: the last ones, which have none of the head's processes beside their work."""
+    return f"'in({','.join(f'host{number}' for number in range(there - hosts + 1, there + 1))})'"
+
+
 def figures(found: dict[int, list[dict[str, float]]]) -> dict[str, float]:
     """Medians, and their share of the ideal."""
     told: dict[str, float] = {}
@@ -75,10 +78,11 @@ def figures(found: dict[int, list[dict[str, float]]]) -> dict[str, float]:
 def main(rounds: int) -> None:
     if reason := missing():
         sys.exit(f"benchmarks/scale.py: {reason}")
-    most = max(size for size in SIZES if size <= (os.cpu_count() or 1))
+    sizes = [size for size in SIZES if size <= (os.cpu_count() or 1)]
+    most = sizes[-1]
     if most == 1:
         sys.exit("benchmarks/scale.py: one CPU core leaves nothing to scale over")
-    found: dict[int, list[dict[str, float]]] = {1: [], most: []}
+    found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     roles = [f"host{number}" for number in range(1, most + 1)]
     with lab(most, pinned=True) as hosts, launched(hosts, roles, brief=True) as cluster:
         cluster.wait_for_nodes(most)

@@ -25,6 +25,8 @@ REDUCE_TIMES = 5
 PATIENCE = 120.0
 DISTRIBUTIONS = ("ray", "torch", "deepspeed", "transformers")
 DRIVER = Path("/proc/driver/nvidia/version")
+Row = Mapping[str, Any]
+"""Of `ray.nodes()`."""
 
 
 def quick(name: str) -> Node:
@@ -136,7 +138,7 @@ def _process(pid: int | None) -> str:
 class Nodes:
     """The live nodes of a joined cluster, asked from the driver."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def __init__(self, rows: Sequence[Row] | None = None) -> None:
         import ray
 
         alive = [row for row in (ray.nodes() if rows is None else rows) if row["Alive"]]
@@ -164,15 +166,14 @@ class Nodes:
         ]
 
     def reduce(self) -> Reduce | None:
-        """An all-reduce with one rank on each node; None on a single one."""
+        """With a rank on each node that `ranks_of` chooses; None where that is a single one."""
         import ray
 
-        if len(self._rows) < 2:
+        backend, rows = ranks_of(self._rows)
+        if len(rows) < 2:
             return None
-        gpu = all(row["Resources"].get("GPU", 0) >= 1 for row in self._rows)
-        backend = "nccl" if gpu else "gloo"
-        ranks = [self._on(row, _rank, gpus=int(gpu)) for row in self._rows]
-        address = ray.get(self._on(self._rows[0], _address).remote(), timeout=PATIENCE)
+        ranks = [self._on(row, _rank, gpus=int(backend == "nccl")) for row in rows]
+        address = ray.get(self._on(rows[0], _address).remote(), timeout=PATIENCE)
         answers = [
             rank.remote(backend, address, number, len(ranks)) for number, rank in enumerate(ranks)
         ]
@@ -185,11 +186,11 @@ class Nodes:
         return Reduce(backend, len(ranks), REDUCE_BYTES / seconds)
 
     @staticmethod
-    def _name(row: Mapping[str, Any]) -> str:
+    def _name(row: Row) -> str:
         return str(row["NodeManagerAddress"])
 
     @staticmethod
-    def _on(row: Mapping[str, Any], work: Any, *, gpus: int = 0, **options: Any) -> Any:
+    def _on(row: Row, work: Any, *, gpus: int = 0, **options: Any) -> Any:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -198,7 +199,7 @@ class Nodes:
             work
         ).options(**options)
 
-    def _with_clock(self, row: Mapping[str, Any], node: Node) -> Node:
+    def _with_clock(self, row: Row, node: Node) -> Node:
         import ray
 
         before = time.time()
@@ -206,7 +207,7 @@ class Nodes:
         after = time.time()
         return replace(node, skew=there - (before + after) / 2, skew_error=(after - before) / 2)
 
-    def _start(self, row: Mapping[str, Any]) -> float:
+    def _start(self, row: Row) -> float:
         """Seconds to the answer of a process that no other task has used."""
         import ray
 
@@ -214,6 +215,13 @@ class Nodes:
         began = time.monotonic()
         ray.get(self._on(row, _now, runtime_env=fresh).remote(), timeout=PATIENCE)
         return time.monotonic() - began
+
+
+def ranks_of(rows: Sequence[Row]) -> tuple[str, Sequence[Row]]:
+    """What gradients will travel by, and between which nodes: those with GPUs where there are
+    several, since a head or a node for data takes no part in it, else all."""
+    gpus = [row for row in rows if row["Resources"].get("GPU", 0) >= 1]
+    return ("nccl", gpus) if len(gpus) > 1 else ("gloo", rows)
 
 
 def _now() -> float:

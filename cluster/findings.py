@@ -34,6 +34,8 @@ RAY_PROCESSES = (
     "ray.util.client.server",
 )
 SERVICE_PROCESSES = ("haproxy",)
+OF_GPUS = frozenset({"driver", "NCCL"})
+"""Versions of what a node without GPUs, such as a head that only leads, need not have."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Reduce:
-    """An all-reduce between all nodes."""
+    """An all-reduce with a rank on each of some nodes."""
 
     backend: str
+    """`nccl` between nodes with GPUs, `gloo` between all."""
     ranks: int
     rate: float
     """Bytes per second: size of the tensor over the time of one call."""
@@ -141,13 +144,14 @@ def _each(
 
 def _versions(nodes: Sequence[Node]) -> Iterator[Finding]:
     """One line per thing that differs, or one that all is equal."""
-    differing = False
-    for what in sorted({key for node in nodes for key in node.versions}):
+    known = list(dict.fromkeys(key for node in nodes for key in node.versions))
+    same = []
+    for what in known:
+        asked = [node for node in nodes if what not in OF_GPUS or what in node.versions]
         by_version: dict[str, list[str]] = {}
-        for node in nodes:
+        for node in asked:
             by_version.setdefault(node.versions.get(what, "missing"), []).append(node.name)
         if len(by_version) > 1:
-            differing = True
             told = ", ".join(f"{v} on {_named(names)}" for v, names in sorted(by_version.items()))
             yield Finding(
                 "bad",
@@ -155,9 +159,11 @@ def _versions(nodes: Sequence[Node]) -> Iterator[Finding]:
                 f"{what} is {told}",
                 "give all nodes one image or the same set-up commands, and start Ray again",
             )
-    if nodes and not differing:
-        told = ", ".join(f"{key} {value}" for key, value in nodes[0].versions.items())
-        yield Finding("ok", "versions", f"the same on {len(nodes)} node(s): {told}")
+        else:
+            where = f" on {len(asked)} of them" if len(asked) < len(nodes) else ""
+            same.append(f"{what} {next(iter(by_version))}{where}")
+    if nodes and len(same) == len(known):
+        yield Finding("ok", "versions", f"the same on {len(nodes)} node(s): {', '.join(same)}")
 
 
 def _named(names: Sequence[str], most: int = 3) -> str:
@@ -292,7 +298,8 @@ def _start(node: Node) -> Finding | None:
 
 
 def _reduce(reduce: Reduce) -> Finding:
-    what = f"an all-reduce over {reduce.ranks} nodes ({reduce.backend})"
+    which = "nodes with GPUs" if reduce.backend == "nccl" else "nodes"
+    what = f"an all-reduce over {reduce.ranks} {which} ({reduce.backend})"
     if reduce.error:
         return Finding(
             "bad",

@@ -1,9 +1,16 @@
 """What the machines can do, and what they cost: data with sources.
 
-Memory: what `nvidia-smi` reports as the total of a device. Bandwidth and peak: NVIDIA's data
-sheets; the peak is of dense bf16 tensor FLOP/s, half of what is advertised "with sparsity". Prices:
-AWS, Linux, on demand, us-east-1, list prices of the second half of 2025, in USD per hour; spot and
-contracts lie far below, so `heliostat plan --price` takes yours.
+Memory: what `nvidia-smi` reports as the total of a device. Bandwidth and peak: NVIDIA's pages and
+data sheets; the peak is of dense bf16 tensor FLOP/s, half of what is advertised "with sparsity":
+https://www.nvidia.com/en-us/data-center/dgx-b200/ (a system of eight B200), and below
+https://www.nvidia.com/en-us/data-center/ the pages h200/, h100/, a100/, a40/, l40s/, l40/, l4/,
+v100/, tesla-t4/, products/a10-gpu/. AWS alone has the A10G:
+https://aws.amazon.com/ec2/instance-types/g5/.
+
+Prices, in USD per hour, Linux, on demand, list prices of the second half of 2025:
+https://aws.amazon.com/ec2/pricing/on-demand/ (us-east-1) and
+https://cloud.google.com/compute/vm-instance-pricing (us-central1). Spot nodes and contracts cost
+less, by how much changes with the hour and the customer: `heliostat plan --price` takes yours.
 """
 
 import re
@@ -74,7 +81,15 @@ INSTANCES: Mapping[str, Instance] = {
     "g4dn.12xlarge": Instance("T4", 4, 192 << 30, 3.91),
     "g4dn.xlarge": Instance("T4", 1, 16 << 30, 0.526),
     "p3.2xlarge": Instance("V100", 1, 61 << 30, 3.06),
+    # Google bills CPUs, memory and devices one by one: 48 x 0.02499 + 192 x 0.00293 + 4 x 0.56.
+    "g2-standard-48": Instance("L4", 4, 192 << 30, 4.00),
 }
+
+
+def instance(node_config: Mapping[str, object]) -> Instance | None:
+    """Of a node type of a launcher's file, as AWS or Google is asked for it; None where the table
+    does not know it, those without accelerators among them."""
+    return INSTANCES.get(str(node_config.get("InstanceType") or node_config.get("machineType")))
 
 
 @cache

@@ -5,6 +5,7 @@ what it makes goes to `storage.root`.
 """
 
 import asyncio
+import os
 import re
 import secrets
 import shlex
@@ -31,7 +32,8 @@ PATIENCE = 30
 PRICE = "price"
 """Of a device, among what a job's metadata tells."""
 GRAFANA = "http://localhost:3000"
-"""Where Ray's dashboard looks for it too (`RAY_GRAFANA_HOST`), at the end of a tunnel."""
+"""At the end of a tunnel; else where Ray's dashboard, too, has the browser look for it."""
+GRAFANA_VARIABLE = "RAY_GRAFANA_IFRAME_HOST"
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -99,7 +101,8 @@ def _told(wish: Wish, config: RunConfig) -> dict[str, str]:
     """Metadata, which the job's page in Ray's dashboard shows: what it is, and where to look on."""
     told = {"heliostat": wish.verb, "recipe": config.name, "root": config.storage.root}
     chosen = urllib.parse.urlencode({f"var-{TRAINING.variable}": config.name})
-    told["dashboards"] = f"{GRAFANA}/d/{TRAINING.uid}?{chosen}"
+    grafana = os.environ.get(GRAFANA_VARIABLE, GRAFANA).rstrip("/")
+    told["dashboards"] = f"{grafana}/d/{TRAINING.uid}?{chosen}"
     if config.registry.uri and config.registry.uri.startswith("http"):
         told["mlflow"] = config.registry.uri
     if wish.price is not None:

@@ -60,6 +60,8 @@ class Machines:
     """Of one device."""
     price: float | None
     """USD per hour of one device."""
+    price_is: str = "list price on demand"
+    """What kind of price that is."""
 
     @property
     def gpu(self) -> bool:

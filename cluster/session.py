@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from cluster import autoscaling
 from cluster.access import make_token
 from cluster.config import RunConfig
 from cluster.errors import CapacityError, HeliostatError, StorageRootError
@@ -71,7 +72,7 @@ def session(config: RunConfig) -> Iterator[Session]:
 
     address = joined_address(config)
     if ray.is_initialized():
-        yield _describe(ours=not address)
+        yield _describe(config, ours=not address)
         return
     _check_one_parent()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -87,7 +88,7 @@ def session(config: RunConfig) -> Iterator[Session]:
         os.environ.update(environment(config.serve))
         _start(config.ray.cpus or max(2, os.cpu_count() or 1), quiet)
     try:
-        joined = _describe(ours=not address)
+        joined = _describe(config, ours=not address)
         if len(joined.nodes) > 1:
             _check_shared(open_store(config), joined.nodes)
         yield joined
@@ -152,17 +153,25 @@ def _join(address: str, options: dict[str, Any]) -> None:
         ) from error
 
 
-def _describe(*, ours: bool) -> Session:
+def _describe(config: RunConfig, *, ours: bool) -> Session:
     import ray
 
-    # None without an autoscaler.
-    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    limits = {} if ours else _limits(config)
     resources = _reachable(ray.cluster_resources(), limits)
     nodes = tuple(node["NodeID"] for node in ray.nodes() if node["Alive"])
     dashboard = ray._private.worker._global_node.webui_url
     return Session(
         ours, dashboard or "", int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), nodes
     )
+
+
+def _limits(config: RunConfig) -> dict[str, float]:
+    """What the autoscaler may grow the cluster to, as far as anybody says."""
+    import ray
+
+    # What a platform's own autoscaler has told Ray: Ray's tell it nothing.
+    told = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return _reachable(_reachable(told, autoscaling.growth().limits()), config.ray.grows_to)
 
 
 def _reachable(now: Mapping[str, float], limits: Mapping[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import planner
+from cluster import autoscaling, planner
 from cluster.config import LlamaModel, RunConfig, TextData, TrainSection
 from cluster.errors import ArtifactError, UsageError
 from cluster.placement import live_resources
@@ -29,8 +29,9 @@ class Plan:
     parameters: int
     verdict: Verdict
     cost: Cost | None
-    cache_tokens: int | None
-    """Tokens that a served model's cache holds on one device; None for families without one."""
+    """With the cure, where one is needed; None where nothing helps or it cannot be known."""
+    serving: Serving | None
+    """None for families without a cache."""
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -48,16 +49,11 @@ class Plan:
             f"{parts}",
             f"each host holds {planner.gib(need.host)} per device while a checkpoint is written",
             self._verdict(),
-            self._time(),
         ]
-        if self.cache_tokens is not None and isinstance(self.config.data, TextData):
-            length = self.config.data.sequence_length
-            lines.append(
-                f"served on one device: cache for {self.cache_tokens:,} tokens, "
-                f"{self.cache_tokens // length:,} sequences of {length}"
-                if self.cache_tokens
-                else "served on one device: its weights leave no room for a cache"
-            )
+        if self.verdict.cure is not None:
+            lines.append(self._time())
+        if self.serving is not None:
+            lines.append(self.serving.line())
         return lines
 
     def _verdict(self) -> str:
@@ -76,9 +72,16 @@ class Plan:
     def _time(self) -> str:
         if self.cost is None:
             return "how long: unknown, the peak of this device is in no table of ours"
-        money = "" if self.cost.dollars is None else f", {self.cost.dollars:,.0f} USD"
+        machines, speed = self.machines, self.cost.tokens_per_second
+        money = (
+            ""
+            if self.cost.dollars is None
+            else f", {self.cost.dollars:,.0f} USD ({machines.price:.2f} per device and hour, "
+            f"{machines.price_is})"
+        )
         days = f"{self.cost.days:,.1f} days" if self.cost.days >= 1 else _hours(self.cost.days)
-        return f"about {self.cost.tokens_per_second:,.0f} tokens/s, {days}{money}, as computed"
+        then = "with that, about" if self.verdict.misfit else "about"
+        return f"{then} {speed:,.0f} tokens/s, {days}{money}, as computed"
 
     def tree(self) -> dict[str, Any]:
         """For a program: plain JSON."""
@@ -91,8 +94,50 @@ class Plan:
             "misfit": self.verdict.misfit,
             "cure": self.verdict.cure,
             "cost": None if self.cost is None else asdict(self.cost),
-            "cache_tokens": self.cache_tokens,
+            "serving": None
+            if self.serving is None
+            else asdict(self.serving) | {"concurrent": self.serving.concurrent},
         }
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What one device holds of a served model's cache."""
+
+    room: int
+    """Tokens that the cache may have beside the weights."""
+    slots: int
+    """Requests that a replica is to run at once (`serve.max_concurrent`)."""
+    prefixes: int
+    """Beginnings that it keeps beside them."""
+    context: int
+    """Tokens of each of these."""
+
+    @property
+    def tokens(self) -> int:
+        """Of the cache that the service would make."""
+        return (self.slots + self.prefixes) * self.context
+
+    @property
+    def concurrent(self) -> int:
+        """Requests that run at once, as many as have room."""
+        return max(0, min(self.slots, self.room // self.context - self.prefixes))
+
+    def line(self) -> str:
+        """For a person."""
+        if not self.room:
+            return "served on one device: its weights leave no room for a cache"
+        most = self.room // self.context - self.prefixes
+        kept = f"{self.slots} requests at once and {self.prefixes} kept beginnings"
+        start = (
+            f"served on one device: {kept} of {self.context:,} tokens each take a cache of "
+            f"{self.tokens:,} tokens, with room for {self.room:,}"
+        )
+        if most >= self.slots:
+            return f"{start}, so serve.max_concurrent could be {most:,}"
+        if most >= 1:
+            return f"{start}: it does with serve.max_concurrent={most}"
+        return f"{start}: it does with a smaller serve.engine.context or fewer prefixes"
 
 
 def _workers(train: TrainSection) -> str:
@@ -128,19 +173,33 @@ def run(config: RunConfig, nodes: str | None, price: float | None) -> Plan:
     precision = zero.precision(config.train, device)
     facts = _facts(config, family)
     tracer = Tracer(config, family, facts, precision)
-    footprint = tracer(config.train)
     verdict = planner.judge(config, machines, tracer, precision)
     flops = family.flops_per_prediction(config, facts)
-    cost = planner.cost(config.train, machines, flops, footprint, precision)
+    parameters = tracer(config.train).parameters
     return Plan(
         config,
         machines,
         precision,
-        footprint.parameters,
+        parameters,
         verdict,
-        cost,
-        _cache_tokens(config, machines, footprint.parameters),
+        _cost(config.train, machines, verdict, flops, tracer, precision),
+        serving(config, machines, parameters),
     )
+
+
+def _cost(
+    train: TrainSection,
+    machines: Machines,
+    verdict: Verdict,
+    flops: float | None,
+    tracer: Tracer,
+    precision: zero.Precision,
+) -> Cost | None:
+    """Of what would run: with the cure, where there is one."""
+    if verdict.cure is None:
+        return None
+    cured = train.model_copy(update=verdict.cure)
+    return planner.cost(cured, machines, flops, tracer(cured), precision)
 
 
 class Tracer:
@@ -180,16 +239,20 @@ def _facts(config: RunConfig, family: Family) -> Facts:
     return facts or family.expected_facts(config)
 
 
-def _cache_tokens(config: RunConfig, machines: Machines, parameters: int) -> int | None:
-    """Keys and values of a token, in 16 bits: 2 x layers x key-value heads x width of a head."""
-    model = config.model
-    if not isinstance(model, LlamaModel):
+def serving(config: RunConfig, machines: Machines, parameters: int) -> Serving | None:
+    """Keys and values of a token take 2 x layers x key-value heads x width of a head, in the type
+    that the engine holds weights in: 16 bits on GPUs, 32 on CPUs."""
+    model, data, serve = config.model, config.data, config.serve
+    if not isinstance(model, LlamaModel) or not isinstance(data, TextData):
         return None
     width = 2 if machines.gpu else 4
     head = model.hidden_size // model.heads
     token = 2 * model.layers * model.kv_heads * head * width
     room = planner.ROOM * machines.memory - width * parameters
-    return max(0, int(room // token))
+    engine = serve.engine
+    context = min(data.sequence_length, engine.context or data.sequence_length)
+    prefixes = 0 if engine.constant_shape else engine.prefixes
+    return Serving(max(0, int(room // token)), serve.max_concurrent, prefixes, context)
 
 
 # --- which machines
@@ -199,8 +262,8 @@ def _machines(config: RunConfig, nodes: str | None, price: float | None) -> Mach
     if nodes is None:
         if joined_address(config):
             with session(config):
-                alive = live_resources()
-            return _priced(of_cluster(alive, config.train, _cpu_flops), price)
+                nodes_there = autoscaling.reachable(live_resources(), autoscaling.growth())
+            return _priced(of_cluster(nodes_there, config.train, _cpu_flops), price)
         return this_machine(config.train)
     if nodes.endswith((".yaml", ".yml")):
         return _priced(of_launcher(Path(nodes)), price)
@@ -208,7 +271,7 @@ def _machines(config: RunConfig, nodes: str | None, price: float | None) -> Mach
 
 
 def _priced(machines: Machines, price: float | None) -> Machines:
-    return machines if price is None else replace(machines, price=price)
+    return machines if price is None else replace(machines, price=price, price_is="as given")
 
 
 def this_machine(train: TrainSection) -> Machines:
@@ -223,7 +286,11 @@ def _cpu_flops(train: TrainSection) -> float:
 
 
 def of_cluster(nodes: list[Mapping[str, float]], train: TrainSection, cpu_flops: Any) -> Machines:
-    """From the resources of live nodes, by Ray's names."""
+    """From the resources of nodes, by Ray's names.
+
+    Raises:
+        UsageError: if they do not say which accelerators they have, or have several kinds.
+    """
     devices = [node for node in nodes if node.get("GPU", 0) >= 1]
     if not devices:
         workers = train.world_sizes[0]
@@ -257,7 +324,7 @@ def of_launcher(path: Path) -> Machines:
     """
     import yaml
 
-    from cluster.hardware import INSTANCES
+    from cluster.hardware import INSTANCES, instance
 
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -271,19 +338,30 @@ def of_launcher(path: Path) -> Machines:
         )
     found = []
     for node in (node for node in types.values() if isinstance(node, dict)):
-        known = INSTANCES.get(str((node.get("node_config") or {}).get("InstanceType", "")))
+        config = node.get("node_config") or {}
+        known = instance(config)
         most = int(node.get("max_workers", tree.get("max_workers", 0)))
         if known is not None and most:
-            found.append((most * known.devices, most, known))
+            found.append((most * known.devices, most, known, _spot(config)))
     if not found:
         raise UsageError(
             f"{path} starts no instance with accelerators that we know: say which machines, such "
             f"as --nodes 4xH100:8; known are {', '.join(INSTANCES)}"
         )
-    _, most, known = max(found, key=lambda item: item[0])
+    _, most, known, spot = max(found, key=lambda item: item[0])
     machines = planner.machines(f"{most}x{known.device}:{known.devices}")
     return replace(
         machines,
         host_memory=known.host_memory // known.devices,
         price=known.price / known.devices,
+        price_is="list price on demand; spot nodes cost less, --price takes it"
+        if spot
+        else machines.price_is,
     )
+
+
+def _spot(node_config: Mapping[str, Any]) -> bool:
+    """Whether AWS or Google is asked for what others have left over, at a price of the day."""
+    market = (node_config.get("InstanceMarketOptions") or {}).get("MarketType")
+    scheduling = node_config.get("scheduling") or {}
+    return market == "spot" or scheduling.get("provisioningModel") == "SPOT"

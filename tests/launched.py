@@ -26,6 +26,8 @@ NODE_OPTIONS = "--num-cpus=1 --object-store-memory=150000000"
 """Of one CPU each, so that two workers are on two hosts."""
 PORT = 8000
 """Of the service."""
+RAYLET = "raylet/raylet "
+"""In the command of Ray's daemon on each node."""
 OLD_AUTOSCALER = {"RAY_UP_enable_autoscaler_v2": "0"}
 SENTENCES = (
     "the mirror follows the sun over the field",
@@ -108,6 +110,12 @@ class Launched:
         found: list[dict[str, Any]] = answer["data"]["result"]["result"]
         return found
 
+    def trained_on(self) -> set[str]:
+        """Addresses of hosts that training workers were on."""
+        nodes = {node["node_id"]: node["node_ip"] for node in self.alive()}
+        actors = self.rows("actors")
+        return {nodes[a["node_id"]] for a in actors if a["class_name"].endswith("RayTrainWorker")}
+
     def alive(self) -> list[dict[str, Any]]:
         """Nodes of the cluster; none while it does not answer."""
         try:
@@ -149,7 +157,10 @@ def launched(lab: Lab, roles: Sequence[str] = (), *, brief: bool = False) -> Ite
 
     Args:
         roles: label `role` of each host; none without.
-        brief: without the head's pages, and without `ray down`: hosts that end take all with them.
+        brief: without the head's pages.
+
+    Raises:
+        AssertionError: if a host has a raylet left after `ray down`.
     """
     tree = _working_tree(lab, pages=not brief)
     _sources(lab.store / "sources")
@@ -165,8 +176,16 @@ def launched(lab: Lab, roles: Sequence[str] = (), *, brief: bool = False) -> Ite
         with _tunnel(cluster, port):
             yield cluster
     finally:
-        if not brief:
-            ray(cluster, "down", "-y", LAUNCHER)
+        ray(cluster, "down", "-y", LAUNCHER)
+    # With hosts of one's own, Ray stops the head; the others end when they have missed it for a
+    # minute (gcs_rpc_server_reconnect_timeout_s).
+    wait_until(lambda: not _raylets(lab), 120, lambda: f"raylets are left: {_raylets(lab)}")
+
+
+def _raylets(lab: Lab) -> dict[str, list[int]]:
+    """Host -> pids, of hosts where Ray still runs."""
+    found = {host.name: lab.processes(host, RAYLET) for host in lab.hosts}
+    return {name: pids for name, pids in found.items() if pids}
 
 
 def ray(cluster: Launched, *words: str, timeout: float = 600) -> str:

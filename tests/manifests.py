@@ -1,7 +1,7 @@
 """The fields of Kubernetes and KubeRay manifests that ours use, strictly: a misspelt one fails.
 
-After the API references of KubeRay 1.6 (ray.io/v1), Kubernetes (core/v1, networking.k8s.io/v1) and
-the Prometheus Operator (monitoring.coreos.com/v1).
+After the API references of KubeRay 1.6 (ray.io/v1), Kubernetes (core/v1, apps/v1,
+networking.k8s.io/v1) and the Prometheus Operator (monitoring.coreos.com/v1).
 """
 
 from typing import Annotated, Any, Literal
@@ -212,6 +212,112 @@ class PodMonitor(Strict):
     spec: PodMonitorSpec
 
 
+class Mount(Strict):
+    name: Name
+    mountPath: Annotated[str, Field(pattern="^/")]
+
+
+class Socket(Strict):
+    port: PortNumber
+
+
+class Probe(Strict):
+    tcpSocket: Socket
+    periodSeconds: Count
+
+
+class Server(Container):
+    """A container of a Deployment."""
+
+    command: Annotated[list[str], Field(min_length=1)]
+    readinessProbe: Probe
+    volumeMounts: list[Mount]
+
+
+class Claim(Strict):
+    claimName: Name
+
+
+class Volume(Strict):
+    name: Name
+    persistentVolumeClaim: Claim
+
+
+class Security(Strict):
+    fsGroup: Count
+
+
+class ServerPod(Strict):
+    securityContext: Security
+    containers: Annotated[list[Server], Field(min_length=1)]
+    volumes: list[Volume]
+
+
+class LabelsOnly(Strict):
+    labels: Annotated[Labels, Field(min_length=1)]
+
+
+class ServerTemplate(Strict):
+    metadata: LabelsOnly
+    spec: ServerPod
+
+
+class Strategy(Strict):
+    type: Literal["Recreate", "RollingUpdate"]
+
+
+class MatchLabels(Strict):
+    matchLabels: Annotated[Labels, Field(min_length=1)]
+
+
+class DeploymentSpec(Strict):
+    replicas: Count
+    strategy: Strategy
+    selector: MatchLabels
+    template: ServerTemplate
+
+
+class Deployment(Strict):
+    apiVersion: Literal["apps/v1"]
+    kind: Literal["Deployment"]
+    metadata: Metadata
+    spec: DeploymentSpec
+
+
+class Storage(Strict):
+    requests: dict[Literal["storage"], Quantity]
+
+
+class ClaimSpec(Strict):
+    accessModes: list[Literal["ReadWriteOnce", "ReadWriteMany", "ReadOnlyMany"]]
+    resources: Storage
+
+
+class PersistentVolumeClaim(Strict):
+    apiVersion: Literal["v1"]
+    kind: Literal["PersistentVolumeClaim"]
+    metadata: Metadata
+    spec: ClaimSpec
+
+
+class ServicePort(Strict):
+    name: Name
+    port: PortNumber
+    targetPort: PortNumber
+
+
+class ServiceSpec(Strict):
+    selector: Annotated[Labels, Field(min_length=1)]
+    ports: Annotated[list[ServicePort], Field(min_length=1)]
+
+
+class Service(Strict):
+    apiVersion: Literal["v1"]
+    kind: Literal["Service"]
+    metadata: Metadata
+    spec: ServiceSpec
+
+
 class ConfigMap(Strict):
     apiVersion: Literal["v1"]
     kind: Literal["ConfigMap"]
@@ -219,7 +325,9 @@ class ConfigMap(Strict):
     data: dict[str, str]
 
 
-Manifest = PodMonitor | ConfigMap | RayCluster | RayJob | RayService | NetworkPolicy
+Rays = RayCluster | RayJob | RayService
+Others = PodMonitor | ConfigMap | Deployment | PersistentVolumeClaim | Service
+Manifest = Rays | NetworkPolicy | Others
 _ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Annotated[Manifest, Field(discriminator="kind")])
 
 

@@ -79,9 +79,19 @@ def ray_init(config: RunConfig) -> list[dict[str, Any]]:
         patch.setattr(ray, "is_initialized", lambda: False)
         patch.setattr(ray, "init", lambda **options: calls.append(options))
         patch.setattr(ray, "shutdown", lambda: None)
-        patch.setattr(session, "_describe", lambda ours: CLUSTER)
+        patch.setattr(session, "_describe", lambda config, ours: CLUSTER)
         with session.session(config):
             return calls
+
+
+def growth(config: RunConfig) -> dict[str, float]:
+    """What the cluster that is joined counts as, beside what is there."""
+    import ray._private.state
+
+    with patched() as patch:
+        told = "get_max_resources_from_cluster_config"
+        patch.setattr(ray._private.state.state, told, lambda: None)
+        return session._limits(config)
 
 
 # ------------------------------------------------------------------ prepare

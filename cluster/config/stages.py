@@ -17,6 +17,9 @@ class RaySection(Section):
     """A running cluster (`auto` or host:port); unset means $RAY_ADDRESS, else a Ray of our own."""
     cpus: Annotated[int | None, OPERATIONAL, Field(ge=1)] = None
     """CPUs of a Ray of our own; unset takes the machine's, at least two."""
+    grows_to: Annotated[dict[str, Annotated[int, Field(ge=0, le=10**9)]], OPERATIONAL] = {}
+    """Resources that an autoscaler may grow the cluster to, such as {GPU: 64, CPU: 704}, where it
+    does not tell, as on Kubernetes. What `ray up` made is known without."""
 
 
 class EvaluateSection(Section):

@@ -51,8 +51,9 @@ def key(cluster: Launched) -> str:
 
 @pytest.fixture(scope="module")
 def served(cluster: Launched, checkpoint: Artifact, key: str) -> Iterator[None]:
-    """The rest of the way: the same job again, which skips what is done."""
-    submit(cluster, *UP)
+    """The rest of the way: the same job again, which skips what is done, with a replica for every
+    host: Serve has its proxies beside replicas."""
+    submit(cluster, *UP, f"serve.replicas={len(cluster.lab.hosts)}")
     assert Store(str(cluster.lab.store / "root")).latest("checkpoint", "gpt-demo") == checkpoint
     yield
     cluster.stop_serving()
@@ -73,11 +74,7 @@ def test_the_hosts_have_joined_and_are_closed(cluster: Launched) -> None:
 def test_training_ran_on_two_hosts(cluster: Launched, checkpoint: Artifact) -> None:
     assert checkpoint.manifest.complete
     assert checkpoint.manifest.detail["world_size"] == 2
-    workers = [
-        actor for actor in cluster.rows("actors") if actor["class_name"].endswith("RayTrainWorker")
-    ]
-    nodes = {node["node_id"]: node["node_ip"] for node in cluster.alive()}
-    used = {nodes[worker["node_id"]] for worker in workers}
+    used = cluster.trained_on()
     assert len(used) == 2 and used <= {host.address for host in cluster.lab.hosts}
 
 
@@ -115,8 +112,8 @@ def test_code_came_with_the_job_and_the_wheel(cluster: Launched, checkpoint: Art
 
 
 def test_hosts_answer(cluster: Launched, key: str, served: None) -> None:
-    """Those with a replica, each at a proxy of its own."""
-    for host in cluster.answering(2):
+    """All, each at a proxy of its own."""
+    for host in cluster.answering(len(cluster.lab.hosts)):
         client = openai.OpenAI(base_url=f"http://{host.address}:{PORT}/v1", api_key=key)
         answer = client.completions.create(model="gpt-demo", prompt="the mirror", max_tokens=8)
         assert answer.usage is not None and answer.usage.completion_tokens > 0

@@ -18,12 +18,11 @@ from cluster.journal import Journal
 from cluster.storage import Artifact, Store
 from tests.hunting import losses, weights_digest
 from tests.lab import Host
-from tests.launched import LAUNCHER, PORT, TINY, Launched, ray, wait_until
+from tests.launched import LAUNCHER, PORT, RAYLET, TINY, Launched, ray, wait_until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(1800)]
 EVERY = 40
 TRAINING = ("train.steps=240", f"train.checkpoint_every={EVERY}", "train.max_failures=20")
-RAYLET = "raylet/raylet "
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
-"""`ray up` over SSH on two hosts of their own, and a job on both; skipped, with the reason, where
-the machine makes no hosts. What else such a cluster is for is tested by `make test-hosts`.
+"""`ray up` over SSH on two hosts of their own, training on both, `ray down`; skipped, with the
+reason, where the machine makes no hosts. What else such a cluster is for is tested by
+`make test-hosts`.
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,31 +11,16 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cluster.storage import Store
 from tests import lab
 from tests.checkout import REPOSITORY
-from tests.launched import Launched, launched, wait_until
+from tests.launched import TINY, Launched, launched, wait_until
 
 pytestmark = pytest.mark.timeout(900)
-SCRIPT = """
-import json
-import ray
-from ray.util import placement_group
-
-def where():
-    import cluster.version
-    return ray.util.get_node_ip_address(), cluster.__file__
-
-ray.init()
-group = placement_group([{"CPU": 1}] * 2, strategy="STRICT_SPREAD")
-places = [
-    ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, number)
-    for number in range(2)
-]
-task = ray.remote(num_cpus=1)(where)
-print("ON", json.dumps(ray.get([task.options(scheduling_strategy=p).remote() for p in places])))
-"""
-
-
+SHORT = ("train.steps=6", "train.checkpoint_every=6", "--to", "pretrain")
+PYTHON = "cd / && ~/heliostat-venv/bin/python -c"
+WHERE = f"{PYTHON} 'import cluster; print(cluster.__file__)'"
+GROWS = f"{PYTHON} 'from cluster.autoscaling import growth; print(growth().nodes)'"
 MAKE_ONE = """
 import time
 from tests.lab import lab
@@ -54,20 +39,24 @@ def _possible() -> None:
 
 @pytest.fixture(scope="module")
 def cluster(_possible: None) -> Iterator[Launched]:
+    """Which is taken down after the tests, and leaves no raylet on any host."""
     with lab.lab(2) as hosts, launched(hosts, brief=True) as cluster:
         cluster.wait_for_nodes(2)
         yield cluster
 
 
-def test_two_hosts_are_one_cluster_with_our_code_on_both(cluster: Launched) -> None:
-    """The installed wheel, since the job brings no working directory; and no way in without the
-    token."""
-    sent = cluster.command("ray", "job", "submit", "--", "python", "-c", SCRIPT, timeout=240)
-    assert sent.returncode == 0, sent.stdout + sent.stderr
-    line = next(row for row in sent.stdout.splitlines() if row.startswith("ON "))
-    found = dict(json.loads(line.removeprefix("ON ")))
-    assert found.keys() == {host.address for host in cluster.lab.hosts}
-    assert all("/heliostat-venv/" in path for path in found.values())
+def test_two_hosts_train_one_model_with_the_code_of_the_wheel(cluster: Launched) -> None:
+    """The job brings no working directory; and there is no way in without the token."""
+    up = ("python", "-m", "cluster.cli", "up", "gpt-demo", *TINY, *SHORT)
+    sent = cluster.command("ray", "job", "submit", "--", *up, timeout=240)
+    assert sent.returncode == 0, sent.stdout[-4000:] + sent.stderr[-2000:]
+    made = Store(str(cluster.lab.store / "root")).latest("checkpoint", "gpt-demo")
+    assert made is not None and made.manifest.complete
+    assert made.manifest.detail["world_size"] == 2
+    assert cluster.trained_on() == {host.address for host in cluster.lab.hosts}
+    assert all("/heliostat-venv/" in cluster.lab.ssh(host, WHERE) for host in cluster.lab.hosts)
+    # `ray up` has left its file on the head, and nowhere else.
+    assert [cluster.lab.ssh(host, GROWS).strip() for host in cluster.lab.hosts] == ["1", "0"]
     assert httpx.get(f"{cluster.url}/api/jobs/").status_code == 401
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://{cluster.head.address}:8265/api/jobs/", trust_env=False)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.examination import Row, ranks_of
 from cluster.findings import Finding, Node, Port, Reduce, full, quick, worst
 
 SOUND = Node(
@@ -50,7 +51,6 @@ def test_a_sound_cluster_has_nothing_to_cure() -> None:
     [
         ({"versions": {"Python": "3.11.7", "Ray": "2.59"}}, "bad", "Ray is 2.59 on 10.0.0.2, 2.60"),
         ({"versions": {"Python": "3.11.7"}}, "bad", "missing on 10.0.0.2"),
-        ({"versions": {**SOUND.versions, "driver": "570.1"}}, "bad", "driver is 570.1 on 10.0.0.2"),
         ({"skew": -9.0}, "bad", "10.0.0.2 is -9.0 s from the driver"),
         ({"disk_free": 1 << 30}, "bad", "1.0 GiB free (1%)"),
         ({"files": 1024}, "warn", "allows 1024 open files"),
@@ -73,6 +73,40 @@ def test_each_fault_is_one_line_with_its_cure(
     faults = [finding for finding in found if finding.level != "ok"]
     assert [finding.level for finding in faults] == [level] and worst(found) == level
     assert says in faults[0].line() and faults[0].cure and "\n" not in faults[0].line()
+
+
+def test_a_head_without_gpus_is_not_asked_for_what_only_gpus_have() -> None:
+    """As `cluster.yaml` makes them: a head, and nodes with GPUs beside it."""
+    head = replace(SOUND, gpus=0, devices=0)
+    versions = {**SOUND.versions, "driver": "570.1", "NCCL": "2.27.5"}
+    one, other = (replace(SOUND, name=name, versions=versions) for name in ("10.0.0.2", "10.0.0.3"))
+    found = findings(head, one, other)
+    assert worst(found) == "ok" and worst(quick([head, one])) == "ok"
+    assert "the same on 3 node(s)" in found[1].text
+    assert "driver 570.1 on 2 of them, NCCL 2.27.5 on 2 of them" in found[1].text
+    # Between those that have them they must be equal all the same.
+    older = replace(other, versions={**versions, "driver": "550.9"})
+    assert [f.text for f in quick([head, one, older]) if f.level == "bad"] == [
+        "driver is 550.9 on 10.0.0.3, 570.1 on 10.0.0.2"
+    ]
+    # What every node has is asked of every node.
+    old = replace(head, versions={"Python": "3.11.7", "Ray": "2.59"})
+    assert worst(quick([old, one])) == "bad"
+
+
+def row(address: str, gpus: float = 0) -> Row:
+    return {"NodeManagerAddress": address, "Resources": {"CPU": 8.0, "GPU": gpus}}
+
+
+def test_gradients_are_tried_between_the_nodes_that_have_gpus() -> None:
+    head, data, one, other = row("1"), row("2"), row("3", 4), row("4", 4)
+    assert ranks_of([head, data, one, other]) == ("nccl", [one, other])
+    assert ranks_of([one, other]) == ("nccl", [one, other])
+    # A single one has nobody to exchange with; the network is tried all the same.
+    assert ranks_of([head, one]) == ("gloo", [head, one])
+    assert ranks_of([head, data]) == ("gloo", [head, data])
+    said = findings(SOUND, OTHER, reduce=Reduce("nccl", 2, 40e9))[-1].text
+    assert said == "an all-reduce over 2 nodes with GPUs (nccl) moves 40.00 GB/s"
 
 
 def test_a_clock_is_not_blamed_for_a_slow_answer() -> None:

@@ -1,11 +1,14 @@
 """Jobs from a laptop: what is checked before they go, what is shown while they run."""
 
+import io
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cluster import jobs, progress, spending
 from cluster.dashboard import Dashboard
@@ -15,6 +18,7 @@ from cluster.upload import LARGEST, measure
 from tests.dashboards import dashboard
 
 ROOT = "storage.root=/mnt/heliostat"
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @pytest.fixture
@@ -156,6 +160,27 @@ def test_a_log_that_is_sent_again_is_shown_once() -> None:
     assert lines == ["first", "second", "定日镜", "last"]
 
 
+def test_progress_in_a_log_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = io.StringIO()
+    terminal = Console(file=drawn, force_terminal=True, width=120, soft_wrap=True)
+    monkeypatch.setitem(progress._state, "console", terminal)
+    shown = jobs.Shown()
+    shown.take(LOG)
+    bar = shown._bar
+    shown.take("pretrain: 750/750 steps, 4.0 steps/s, 0 s left loss 2.718  goodput 95%\n")
+    assert bar is not None and shown._bar is bar, "a stage has one bar, which grows"
+    shown.take("evaluate: nothing made yet\n")
+    assert shown._bar is None, "what is said next stands below a bar that is finished"
+    shown.close()
+    said = ANSI.sub("", drawn.getvalue())
+    for line in ("prepare: nothing made yet", "pretrain: nothing made yet", "evaluate: nothing"):
+        assert line in said
+    # Bars in place of the lines that they were read from, up to the last word of each.
+    assert "30/750 steps," not in said and "60/60 files," not in said
+    last = [line for line in re.split(r"[\r\n]+", said) if line.startswith("pretrain ")][-1]
+    assert "100%" in last and "loss 2.718" in last and "goodput 95%" in last
+
+
 @dataclass(frozen=True)
 class Status:
     value: str
@@ -239,6 +264,17 @@ def test_cost_so_far_is_what_workers_held() -> None:
     assert spending.dollars(of_engine, None) is None  # nobody knows which device that is
     assert spending.dollars(of_engine, 3.0) == pytest.approx(3.0)
     assert spending.dollars([part for part in held if part.job == "0100"], None) is None
+
+
+def test_a_jobs_page_leads_to_its_dashboards(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(jobs.GRAFANA_VARIABLE, raising=False)
+    link = "/d/heliostat-training?var-name=gpt-demo"
+    told = order(tree, "registry.uri=http://127.0.0.1:5000").metadata
+    assert told["dashboards"] == f"http://localhost:3000{link}"
+    assert told["mlflow"] == "http://127.0.0.1:5000"
+    monkeypatch.setenv(jobs.GRAFANA_VARIABLE, "https://grafana.example/")
+    assert order(tree).metadata["dashboards"] == f"https://grafana.example{link}"
+    assert "mlflow" not in order(tree).metadata
 
 
 def test_a_price_travels_with_the_job(tree: Path) -> None:

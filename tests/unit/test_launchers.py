@@ -22,6 +22,7 @@ import typer
 import yaml
 
 from cluster import cli, loading, panels
+from cluster.autoscaling import growth_of
 from cluster.config import ServeSection
 from serving import deploy
 from tests import manifests
@@ -35,7 +36,9 @@ RAY_UP = {
     "local": FOLDER / "on-prem.yaml",
 }
 MONITORING = FOLDER / "kuberay/monitoring.yaml"
-KUBERAY = sorted(path for path in (FOLDER / "kuberay").glob("*.yaml") if path != MONITORING)
+REGISTRY = FOLDER / "kuberay/mlflow.yaml"
+BESIDE = (MONITORING, REGISTRY)
+KUBERAY = sorted(path for path in (FOLDER / "kuberay").glob("*.yaml") if path not in BESIDE)
 
 
 def text(path: Path) -> str:
@@ -163,6 +166,82 @@ def test_kubernetes_is_watched_too() -> None:
     assert (given["uid"], given["type"]) == (panels.SOURCE, "prometheus")
 
 
+def test_kubernetes_has_a_registry_for_rays_pods_alone() -> None:
+    deployment, claim, service, policy = map(manifests.read, yaml.safe_load_all(text(REGISTRY)))
+    assert isinstance(deployment, manifests.Deployment)
+    assert isinstance(claim, manifests.PersistentVolumeClaim)
+    assert isinstance(service, manifests.Service)
+    assert isinstance(policy, manifests.NetworkPolicy)
+    labels = deployment.spec.template.metadata.labels
+    assert labels == deployment.spec.selector.matchLabels == service.spec.selector
+    assert labels == policy.spec.podSelector.matchLabels
+    (server,) = deployment.spec.template.spec.containers
+    (port,), (door,) = service.spec.ports, policy.spec.ingress
+    assert {port.targetPort, *(p.containerPort for p in server.ports)} == {5000}
+    assert [p.port for p in door.ports] == [5000]
+    assert [p.podSelector and p.podSelector.matchExpressions[0].key for p in door.from_] == [
+        "ray.io/cluster"
+    ]
+    # Its database lies on the disk that outlives it.
+    (mount,), (volume,) = server.volumeMounts, deployment.spec.template.spec.volumes
+    assert mount.name == volume.name and f"sqlite:///{mount.mountPath}/" in " ".join(server.command)
+    assert volume.persistentVolumeClaim.claimName == claim.metadata.name
+    # Commands tell drivers the address that it answers to.
+    address = f"{service.metadata.name}:{port.port}"
+    assert address in server.command[server.command.index("--allowed-hosts") + 1].split(",")
+    for path in KUBERAY:
+        assert ("registry.uri=" in text(path)) == (f"registry.uri=http://{address}" in text(path))
+        for container in yaml.safe_load_all(text(path)):
+            assert server.image in str(container) or container["kind"] == "NetworkPolicy"
+
+
+def test_mlflow_knows_the_registrys_command() -> None:
+    from mlflow.cli import server
+
+    deployment = manifests.read(next(yaml.safe_load_all(text(REGISTRY))))
+    assert isinstance(deployment, manifests.Deployment)
+    program, verb, *options = deployment.spec.template.spec.containers[0].command
+    with server.make_context("server", options) as context:
+        assert context.params["port"] == 5000
+    assert (program, verb) == ("mlflow", "server")
+
+
+def test_jobs_say_what_their_groups_may_grow_to() -> None:
+    """KubeRay's autoscaler tells nobody, and no worker is there before there is work."""
+    for name in ("raycluster", "rayjob"):
+        path = FOLDER / f"kuberay/{name}.yaml"
+        ours = manifests.read(next(yaml.safe_load_all(text(path))))
+        words = shlex.split(ours.spec.entrypoint if name == "rayjob" else commands(path)[-1])
+        settings = loading.load("gpt-demo", [word for word in words if "=" in word])
+        found = {"GPU": 0, "CPU": 0}
+        for group in ours.cluster.workerGroupSpecs:
+            limits = group.template.spec.containers[0].resources.limits
+            for key, there in (("GPU", "nvidia.com/gpu"), ("CPU", "cpu")):
+                found[key] += group.maxReplicas * int(limits.get(there, 0))
+        assert settings.train.workers == 8 <= settings.ray.grows_to["GPU"]
+        assert all(amount <= found[key] for key, amount in settings.ray.grows_to.items())
+
+
+def test_data_and_training_are_sent_to_their_nodes() -> None:
+    for path in (RAY_UP["aws"], RAY_UP["gcp"], FOLDER / "kuberay/raycluster.yaml"):
+        (words,) = (shlex.split(c) for c in commands(path) if c.startswith("heliostat submit"))
+        settings = loading.load("gpt-demo", [word for word in words if "=" in word])
+        assert settings.prepare.labels == {"role": "data"}, path
+        assert settings.train.labels == {"role": "gpu"}, path
+
+
+def test_own_hosts_are_told_how_to_close_their_ports() -> None:
+    """Both ways say the same: SSH, the service, the hosts among themselves."""
+    lines = [line.lstrip("# ") for line in text(RAY_UP["local"]).splitlines()]
+    ufw = [line.split() for line in lines if line.startswith("ufw allow")]
+    nft = [line.split() for line in lines if line.startswith("ip saddr")]
+    assert {(rule[3], rule[7] if len(rule) > 4 else "") for rule in ufw} == {
+        (rule[2], rule[5] if len(rule) > 4 else "") for rule in nft
+    }
+    assert {rule[5] for rule in nft if len(rule) > 4} == {"22", "8000"}
+    assert any("policy drop" in line for line in lines) and "ufw default deny incoming" in lines
+
+
 def test_set_up_is_pinned_and_takes_a_new_build(launcher: dict[str, Any]) -> None:
     first, second, third = (c for c in launcher["setup_commands"] if "pip install" in c)
     pins = dict(x.split("==") for x in text(ROOT / "constraints.txt").split() if "==" in x)
@@ -233,6 +312,8 @@ def test_amazon_is_asked_for_what_the_file_says(
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         launcher = yaml.safe_load(text(RAY_UP["aws"]).replace("ami-REPLACE-ME", image))
         config = bootstrap_aws(prepare_config(launcher))
+        # So much may a run have, by the file as the head gets it.
+        assert growth_of(config).limits()["GPU"] == 64
         provider = AWSNodeProvider(config["provider"], config["cluster_name"])
         for name, kind in config["available_node_types"].items():
             labels = {"ray-user-node-type": name, "ray-node-kind": "worker"}

@@ -6,7 +6,10 @@ import pytest
 
 from cluster.dashboard import Dashboard
 from cluster.errors import UsageError
+from cluster.storage import Store
+from cluster.telemetry import Sign
 from cluster.waiting import Facts, Machine, Wish, explain, reason
+from pipelines.training.watchdog import Watchdog
 from tests.dashboards import dashboard
 
 CPU2 = Machine("10.0.0.1", {"CPU": 2.0, "memory": 1e9}, {"ray.io/node-group": "head"})
@@ -92,6 +95,19 @@ def test_a_silent_rank_is_told() -> None:
     assert reason(replace(RUNNING, log=f"{RUNNING.log}{line}\n")).startswith(line)
     later = f"{line}\npretrain: 6/30 steps, 1.0 steps/s, 24 s left\n"
     assert "silent" not in reason(replace(RUNNING, log=later))
+
+
+def test_what_the_watchdog_says_of_a_silent_rank_is_known(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The two agree on one line, the only way from a worker to who asks why."""
+    watch = Watchdog(board=None, store=Store("/nowhere"), run="run", hang_seconds=25)
+    sign = Sign("start", 1, 2, 7, 1.0, "ab12cd34ef", 0, 5, "step", 5, 0.1, 0.1, 0.1)
+    watch._tell_silent([(sign, 20.0, 20.0)])
+    said = capsys.readouterr().out
+    assert reason(replace(RUNNING, log=RUNNING.log + said)).startswith(
+        "pretrain: rank 1 (process 7 on node ab12cd34) at step 5, step, silent since "
+    )
 
 
 def rows(*found: object) -> object:
