@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,15 @@ def test_remote_listing_goes_through_the_filesystem(tmp_path: Path) -> None:
 
 def test_remote_file_is_read_through_its_root(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(CHINESE.encode()))
-    remote = SourceFile("r", str(tmp_path / "a.txt.gz"), f"file://{tmp_path}", 1, 1, "a.txt.gz")
+    size = (tmp_path / "a.txt.gz").stat().st_size
+    remote = SourceFile("r", str(tmp_path / "a.txt.gz"), f"file://{tmp_path}", size, 1, "a.txt.gz")
     assert list(sources.read_texts(remote, 1000)) == [RawText(None, CHINESE, (0, 71))]
+    (changed,) = sources.read_texts(replace(remote, size=size + 1), 1000)
+    assert isinstance(changed, Reject) and "changed after it was listed" in changed.reason
+    whole = pytest.raises(sources.Unreadable, match="changed while it was read")
+    with whole, sources.open_binary(remote) as stream:
+        stream.read(1)
+        (tmp_path / "a.txt.gz").write_bytes(b"shorter")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class Row:
 def texts(file: SourceFile, max_bytes: int) -> Iterator[RawText | Reject]:
     """
     Raises:
-        Unreadable: if the file is damaged, lacks the column, or holds what would run code.
+        Unreadable: if the file is damaged or empty, lacks the column, or holds what would run code.
         OSError: if the storage fails.
     """
     name, given = file.reading.text, 0
@@ -87,6 +87,7 @@ def rows(
     Raises:
         As `texts`.
     """
+    empty = file.span is None
     with open_seekable(file) as stream:
         try:
             for first, batch in _batches(file, stream, columns, beside):
@@ -95,6 +96,7 @@ def rows(
                 batch.validate(full=False)
                 cells = [_cells(batch, name) for name in (*columns, *beside)]
                 for offset, values in enumerate(zip(*cells, strict=True)):
+                    empty = False
                     yield Row(first + offset, values)
         except DAMAGE as error:
             raise Unreadable(f"damaged {file.extension} data ({type(error).__name__})") from None
@@ -102,6 +104,8 @@ def rows(
             if error.errno is not None or isinstance(error, Unreadable):
                 raise
             raise Unreadable(f"damaged {file.extension} data") from None
+    if empty:
+        raise Unreadable("empty: not a single row")
 
 
 def schema(file: SourceFile) -> pa.Schema:
