@@ -191,6 +191,10 @@ def test_second_time_is_skipped_until_a_file_changes(pile: Path, root: Path) -> 
     ("files", "message"),
     [
         ({"a.txt": b"\xff\xfe\xfd" * 50, "b.txt": b"x"}, "no usable text"),
+        (
+            {"a.txt": b"", "b.jsonl": b"", "c.csv": b"text\n", "d.jsonl.gz": gzip.compress(b"")},
+            "no usable text .*2 x empty: no line with anything on it; .*give others, or loosen",
+        ),
         ({"a.txt": b"one single document of prose, long enough"}, "leaves no held-out document"),
     ],
 )
