@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import SourceError
+from pipelines import prepare
 from pipelines.data import sources
 from pipelines.data.sources import RawText, Reading, Reject
-from tests import piles
+from tests import fakes, piles
 
 SECRET = "机密secret"
 """Stands in bad rows: no reason may show it."""
@@ -378,6 +379,15 @@ def test_everything_empty_is_refused_or_dropped_later(tmp_path: Path) -> None:
         "b.jsonl": "empty: no line with anything on it",
         "e.parquet": "empty: not a single row",
     }
+
+
+def test_nothing_but_refused_files_is_told_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"")
+    os.mkfifo(tmp_path / "b.txt")
+    config = fakes.config("gpt-demo", f"data.sources=[{tmp_path}]")
+    told = "no usable text .*1 x an archive: unpack it first.*such as .*give others"
+    with pytest.raises(SourceError, match=told):
+        prepare.check(config)
 
 
 def test_memory_of_a_packed_file_is_bounded(tmp_path: Path) -> None:
