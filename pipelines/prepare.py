@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from cluster import progress
 from cluster.config import ImageData, RunConfig, TextData
-from cluster.errors import HeliostatError
+from cluster.errors import HeliostatError, SourceError
 from cluster.session import open_store, session
 from cluster.stages import BY_VERB, StageResult, fingerprint, resolved
 from cluster.storage import Artifact, FileEntry, Staging, Store
@@ -48,6 +48,7 @@ from pipelines.data.choice import (
     from_first_line,
     left_out,
     lines_before_each,
+    nothing_usable,
 )
 from pipelines.data.contamination import Evaluations
 from pipelines.data.corpus import PART_BITS, SPLITS, Split
@@ -140,7 +141,10 @@ def run(config: RunConfig) -> StageResult:
 
 def _listing(config: RunConfig) -> Listing:
     data = config.data
-    return sources.listing(data.sources, data.kind, documents.readings(data))
+    found = sources.listing(data.sources, data.kind, documents.readings(data))
+    if not found.files:
+        raise SourceError(nothing_usable(config, left_out(found.rejects, ())))
+    return found
 
 
 @contextmanager

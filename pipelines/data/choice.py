@@ -103,7 +103,7 @@ def choose(config: RunConfig, index: pa.Table, left: Left, near: np.ndarray = NO
         SourceError: if nothing usable remains, or a split would be empty.
     """
     if not index.num_rows:
-        raise SourceError(_nothing_usable(config, left))
+        raise SourceError(nothing_usable(config, left))
     fraction = config.data.heldout_fraction
     unique = duplicates.unique(index)
     drops = Counter(duplicate=index.num_rows - unique.num_rows)
@@ -142,7 +142,8 @@ def _labels(index: pa.Table) -> list[str]:
     return sorted(label for label in index.column("label").unique().to_pylist() if label)
 
 
-def _nothing_usable(config: RunConfig, left: Left) -> str:
+def nothing_usable(config: RunConfig, left: Left) -> str:
+    """What is wrong with sources of which no document remains, and the cure."""
     reasons = left.reasons + left.drops
     counted = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(4)) or "no documents"
     example = f"; such as {left.files[0].file}" if left.files else ""

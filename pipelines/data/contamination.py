@@ -102,6 +102,8 @@ def collect(found: Listing, settings: DecontaminateSection) -> Evaluations:
     Raises:
         SourceError: if a file cannot be read: it would be missed in silence.
     """
+    for reject in found.rejects:
+        raise SourceError(f"data.decontaminate: {reject.file} cannot be read: {reject.reason}")
     texts, too_short = Counter[str](), Counter[str]()
     grams: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     for number, file in enumerate(found.files):
@@ -138,9 +140,9 @@ def _texts(file: SourceFile) -> Iterator[str]:
 
 def _strings(extension: str, raw: bytes) -> Iterator[str]:
     if extension == ".parquet":
-        yield from _leaves(pq.read_table(io.BytesIO(raw)).to_pylist())
+        yield from _leaves(_cells(pq.read_table(io.BytesIO(raw))))
     elif extension in (".arrow", ".feather"):
-        yield from _leaves(feather.read_table(io.BytesIO(raw)).to_pylist())
+        yield from _leaves(_cells(feather.read_table(io.BytesIO(raw))))
     elif extension in (".jsonl", ".ndjson"):
         for line in raw.decode("utf-8-sig").splitlines():
             yield from _leaves(json.loads(line) if line.strip() else None)
@@ -152,6 +154,13 @@ def _strings(extension: str, raw: bytes) -> Iterator[str]:
             yield from row
     else:
         yield raw.decode("utf-8-sig")
+
+
+def _cells(table: pa.Table) -> list[Any]:
+    # Else pyarrow follows damaged offsets out of the process's memory.
+    table.validate(full=True)
+    cells: list[Any] = table.to_pylist()
+    return cells
 
 
 def _leaves(tree: Any) -> Iterator[str]:

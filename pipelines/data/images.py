@@ -6,7 +6,9 @@ a partition of photographs stays small; duplicates are told by the pixels before
 
 import io
 import json
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,11 @@ SAMPLE_BYTES = 64 << 20
 MODES = {1: "L", 3: "RGB"}
 MAX_BYTES = 256 << 20
 """Of an encoded picture."""
+DAMAGE = (
+    ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error,
+    zlib.error,
+)  # fmt: skip
+"""What Pillow raises over a damaged picture, and over what a camera noted beside its pixels."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +215,8 @@ def _labelled(
         return Reject(file.path, row, f"over {MAX_BYTES} bytes: no picture to train on")
     try:
         image = _decode(raw, data.channels)
-    except (OSError, ValueError, SyntaxError) as error:
-        # Pillow reports damage by any of these; their text may quote the file.
+    except DAMAGE as error:
+        # Their text may quote the file.
         return Reject(file.path, row, f"not a whole PNG or JPEG image ({type(error).__name__})")
     return _raw(row, image, label, data)
 
@@ -218,7 +225,8 @@ def _decode(raw: bytes, channels: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
     with warnings.catch_warnings():
-        # A picture that is too large to be honest is damage too, not a line on the screen.
+        # Pillow warns of what it can do without; too many pixels to be honest are damage.
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(io.BytesIO(raw), formats=["PNG", "JPEG"]) as opened:

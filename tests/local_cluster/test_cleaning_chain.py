@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.storage import Artifact
 from pipelines import prepare
 from tests import fakes
 
@@ -108,22 +109,35 @@ def full_pile(top: Path) -> None:
     (top / "broken.txt").write_bytes(b"\xc3\x28\xfd" * 100)
 
 
-def test_the_recipe_of_the_full_chain(root: Path, tmp_path: Path) -> None:
-    (pile := tmp_path / "pile").mkdir()
-    full_pile(pile)
-    (sets := tmp_path / "题.jsonl").write_text(json.dumps({"q": QUESTION}), "utf-8")
+def full_chain(folder: Path, tasks: int) -> Artifact:
+    """What the recipe makes of a folder's files, by so many workers."""
     config = fakes.config(
         "corpus-demo",
-        f"data.sources=[{pile}]",
-        f"data.decontaminate.sources=[{sets}]",
+        f"data.sources=[{folder}/pile]",
+        f"data.decontaminate.sources=[{folder}/题.jsonl]",
         "data.dedup.lines=5",
         "data.heldout_fraction=0.3",
         "data.vocab_size=500",
-        "data.partition_bytes=9000",
-        root=root,
+        "data.partition_bytes=4000",
+        f"prepare.tasks={tasks}",
+        root=folder / str(tasks),
     )
     artifact = prepare.run(config).artifact
     assert artifact is not None
+    return artifact
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory: pytest.TempPathFactory, ray_session: object) -> tuple[Path, Artifact]:
+    folder = tmp_path_factory.mktemp("full")
+    (folder / "pile").mkdir()
+    full_pile(folder / "pile")
+    (folder / "题.jsonl").write_text(json.dumps({"q": QUESTION}), "utf-8")
+    return folder, full_chain(folder, 1)
+
+
+def test_the_recipe_of_the_full_chain(by_one: tuple[Path, Artifact]) -> None:
+    artifact = by_one[1]
     counts = artifact.read_json("report.json")["counts"]
     assert counts["dropped"] == {
         "contaminated": 1,
@@ -142,3 +156,14 @@ def test_the_recipe_of_the_full_chain(root: Path, tmp_path: Path) -> None:
     assert splits["train"]["padding_share"] > 0  # best fit
     vocabulary = artifact.read_bytes("encoder/tokenizer.json").decode()
     assert "cookie" not in vocabulary and "handbook" not in vocabulary
+
+
+def test_bytes_of_the_full_chain_do_not_depend_on_the_workers(
+    by_one: tuple[Path, Artifact],
+) -> None:
+    folder, artifact = by_one
+    again = full_chain(folder, 3)
+    found = [{entry.path: entry.sha256 for entry in a.manifest.files} for a in (artifact, again)]
+    assert found[0] == found[1] and again.manifest.fingerprint == artifact.manifest.fingerprint
+    parts = {path for path in found[0] if path.startswith("documents/")}
+    assert len(parts) > 6, "several for each worker"

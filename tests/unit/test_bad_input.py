@@ -1,5 +1,6 @@
 """Whatever is wrong with a file is quarantined with file, row and reason: no crash, no silence."""
 
+import bz2
 import gzip
 import io
 import json
@@ -9,7 +10,7 @@ import re
 import resource
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import SourceError
+from pipelines import prepare
 from pipelines.data import sources
-from pipelines.data.sources import Reading, Reject
-from tests import piles
+from pipelines.data.sources import RawText, Reading, Reject
+from tests import fakes, piles
 
 SECRET = "机密secret"
 """Stands in bad rows: no reason may show it."""
@@ -112,11 +114,26 @@ CASES = (
     ),
     bad("a.txt.gz", lambda: gzip.compress(b"\n" * 10_000_000), "over 1000 bytes"),
     bad("a.jsonl.gz", lambda: gzip.compress(LINE + b" " * 80_000_000), "bomb", (2, None), 1),
+    # Four members of 20 MB: bz2 takes seconds over one of 80.
+    bad(
+        "a.jsonl.bz2",
+        lambda: bz2.compress(LINE) + 4 * bz2.compress(b" " * 20_000_000),
+        "bomb",
+        (2, None),
+        1,
+    ),
+    bad("a.txt.zst", lambda: piles.zstandard(b"\n" * 10_000_000), "over 1000 bytes"),
+    bad("a.jsonl.zst", lambda: piles.zstandard(LINE + b" " * 80_000_000), "bomb", (2, None), 1),
     bad("a.csv.xz", lambda: lzma.compress(b"text\n" + b"z" * 80_000_000), "bomb", (None,), 0),
     bad(
         "a.txt.xz", lambda: lzma.compress(b"x", filters=[{"id": 0x21, "dict_size": 1 << 30}]), "xz"
     ),
     # JSON lines
+    bad("a.jsonl", b"", "empty: no line"),
+    bad("a.jsonl", b"\xef\xbb\xbf", "", (1,)),
+    bad("a.ndjson", b"\n \r\n\n", "empty: no line"),
+    bad("a.jsonl.gz", lambda: gzip.compress(b""), "empty: no line"),
+    bad("a.jsonl.zst", b"", "empty: no line"),
     bad("a.jsonl", LINE + b"{broken\n" + LINE, "not JSON", (2,), 2),
     bad("a.jsonl", LINE + b"[1, 2]\n\n5\nnull\n", "no field `text`", (2, 4, 5), 1),
     bad("a.jsonl", b'{"text": 5}\n{"text": null}\n{}\n', "no field `text`", (1, 2, 3)),
@@ -128,6 +145,9 @@ CASES = (
     bad("a.jsonl", SECRET.encode("utf-16"), "UTF-16"),
     # CSV
     bad("a.csv", b"", "not even a header"),
+    bad("a.csv", b"id,text\n", "empty: not a single row"),
+    bad("a.csv", b"id,text\n\n\n", "empty: not a single row"),
+    bad("a.csv", b"text,id\nb\n", "cells below a header", (2,)),
     bad("a.csv", "id,标题\n1,2\n".encode(), "no column `text` among the 2.*data.columns"),
     bad("a.tsv", f"{SECRET}\t1\n文\t2\n".encode(), "no column `text` among the 2"),
     bad("a.csv", "text,id\n好,1\nb\nc,2,3\n好,4\n".encode(), "cells below a header", (3, 4), 2),
@@ -141,6 +161,7 @@ CASES = (
     bad("a.csv", b"\xff\xfa,text\n", "not UTF-8"),
     # Parquet, Arrow
     bad("a.parquet", b"", "damaged"),
+    bad("a.parquet", lambda: parquet({"text": pa.array([], pa.string())}), "empty: not a single"),
     bad("a.parquet", b"PAR1 this is no parquet PAR1", "damaged"),
     bad("a.parquet", lambda: parquet({"text": ["文"] * 99})[:-20], "damaged"),
     bad("a.parquet", damaged_page, "damaged", (None,), None),
@@ -157,6 +178,7 @@ CASES = (
         None,
     ),
     bad("a.arrow", b"", "damaged"),
+    bad("a.arrow", lambda: arrow(pa.table({"text": pa.array([], pa.string())})), "empty: not a"),
     bad("a.arrow", b"ARROW1 no arrow at all", "damaged"),
     bad("a.arrow", lambda: arrow(pa.table({"text": ["文" * 200] * 9}))[:-300], "damaged"),
     bad("a.arrow", lambda: tagged("arrow.py_extension_type"), "would run code: refused"),
@@ -204,12 +226,16 @@ def test_nothing_is_unpickled_when_ray_knows_the_type(tmp_path: Path) -> None:
     assert "extension type" in reject.reason
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
-def test_a_line_of_200_mb_does_not_come_into_memory(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "size"), [("a.jsonl", 10**9), ("a.csv", 10**9), ("a.txt", 2 * 10**8)]
+)
+def test_a_line_of_a_gigabyte_does_not_come_into_memory(
+    tmp_path: Path, name: str, size: int
+) -> None:
     path = tmp_path / name
     with path.open("wb") as stream:
         stream.write(b"text\n" if name == "a.csv" else LINE)
-        stream.truncate(200_000_000)
+        stream.truncate(size)
         stream.seek(0, os.SEEK_END)
         stream.write(b"\n" + (LINE if name == "a.jsonl" else "文\n".encode()))
     tracemalloc.start()
@@ -263,6 +289,75 @@ def test_file_that_changes_under_the_reader_is_quarantined(tmp_path: Path) -> No
         path.rmdir()
 
 
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "shrinks": lambda path: os.truncate(path, path.stat().st_size * 2 // 3),
+    "vanishes from its end": lambda path: os.truncate(path, 0),
+    "grows": lambda path: path.write_bytes(path.read_bytes() + LINE),
+    "is written again": lambda path: path.write_bytes(path.read_bytes()[::-1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.arrow"])
+def test_file_that_changes_while_it_is_read_is_told(tmp_path: Path, name: str, change: str) -> None:
+    path = tmp_path / name
+    rows = [NOISE[n : n + 40].hex() for n in range(0, len(NOISE), 40)]
+    table = pa.table({"text": rows})
+    records = b"".join(json.dumps({"text": row}).encode() + b"\n" for row in rows)
+    path.write_bytes(
+        {
+            "a.jsonl": lambda: records,
+            "a.jsonl.gz": lambda: gzip.compress(records, 1),
+            "a.csv": lambda: "\n".join(["text", *rows, ""]).encode(),
+            "a.parquet": lambda: parquet(table, row_group_size=1000, use_dictionary=False),
+            "a.arrow": lambda: arrow(table),
+        }[name]()
+    )
+    (listed,) = sources.listing([str(path)], "text").files
+    reading = sources.read_texts(listed, 1000)
+    assert isinstance(next(reading), RawText)
+    CHANGES[change](path)
+    *_, last = reading
+    assert isinstance(last, Reject) and last.row is None
+    packed = name in ("a.jsonl.gz", "a.parquet", "a.arrow")
+    assert re.search("while it was read" + "|damaged" * packed, last.reason), last.reason
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_of_a_file_that_changes_tell_it_too(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINE * 20_000)
+    (listed,) = sources.listing([str(path)], "text").files
+    for span in ((0, listed.size // 2), (listed.size // 2, listed.size)):
+        path.write_bytes(LINE * 20_000)
+        os.utime(path, ns=(listed.mtime_ns, listed.mtime_ns))
+        reading = sources.read_texts(replace(listed, span=span), 1000)
+        next(reading)
+        CHANGES[change](path)
+        *_, last = reading
+        assert isinstance(last, Reject) and "while it was read" in last.reason
+
+
+def test_whole_document_that_changes_while_it_is_read_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("here")
+    (listed,) = sources.listing([str(path)], "text").files
+    changed = pytest.raises(sources.Unreadable, match="while it was read")
+    with changed, sources.open_binary(listed) as stream:
+        stream.read()
+        path.write_text("longer")
+
+
+def test_file_that_vanishes_while_it_is_read_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINE * 20_000)
+    (listed,) = sources.listing([str(path)], "text").files
+    reading = sources.read_texts(listed, 1000)
+    next(reading)
+    path.unlink()
+    assert len(piles.texts(list(reading))) == 19_999
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_file_without_permission_is_quarantined(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
@@ -280,7 +375,19 @@ def test_everything_empty_is_refused_or_dropped_later(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "e.parquet")
     items = piles.read(tmp_path)
     assert {text for _, text in piles.texts(items)} == {""}
-    assert piles.rejects(items) == []
+    assert {Path(r.file).name: r.reason for r in piles.rejects(items)} == {
+        "b.jsonl": "empty: no line with anything on it",
+        "e.parquet": "empty: not a single row",
+    }
+
+
+def test_nothing_but_refused_files_is_told_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"")
+    os.mkfifo(tmp_path / "b.txt")
+    config = fakes.config("gpt-demo", f"data.sources=[{tmp_path}]")
+    told = "no usable text .*1 x an archive: unpack it first.*such as .*give others"
+    with pytest.raises(SourceError, match=told):
+        prepare.check(config)
 
 
 def test_memory_of_a_packed_file_is_bounded(tmp_path: Path) -> None:

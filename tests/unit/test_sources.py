@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,15 @@ def test_remote_listing_goes_through_the_filesystem(tmp_path: Path) -> None:
 
 def test_remote_file_is_read_through_its_root(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(CHINESE.encode()))
-    remote = SourceFile("r", str(tmp_path / "a.txt.gz"), f"file://{tmp_path}", 1, 1, "a.txt.gz")
+    size = (tmp_path / "a.txt.gz").stat().st_size
+    remote = SourceFile("r", str(tmp_path / "a.txt.gz"), f"file://{tmp_path}", size, 1, "a.txt.gz")
     assert list(sources.read_texts(remote, 1000)) == [RawText(None, CHINESE, (0, 71))]
+    (changed,) = sources.read_texts(replace(remote, size=size + 1), 1000)
+    assert isinstance(changed, Reject) and "changed after it was listed" in changed.reason
+    whole = pytest.raises(sources.Unreadable, match="changed while it was read")
+    with whole, sources.open_binary(remote) as stream:
+        stream.read(1)
+        (tmp_path / "a.txt.gz").write_bytes(b"shorter")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +180,38 @@ def test_fifo_and_links_never_hang(tmp_path: Path) -> None:
     reasons = {Path(r.file).name: r.reason for r in found.rejects}
     assert reasons.keys() == {"pipe.txt", "dangling.txt", "circle"}
     assert reasons["pipe.txt"] == "not a regular file"
+
+
+def test_a_link_out_of_its_source_is_refused_and_others_are_followed(tmp_path: Path) -> None:
+    (pile := tmp_path / "pile" / "书").mkdir(parents=True)
+    (tmp_path / "secret.txt").write_text("of this machine")
+    (tmp_path / "pile-2").mkdir()
+    (tmp_path / "pile-2" / "b.txt").write_text("beside, and begins with the same name")
+    (pile / "a.txt").write_text("good")
+    (pile / "inside.txt").symlink_to(pile / "a.txt")
+    (pile / "absolute.txt").symlink_to(tmp_path / "secret.txt")
+    (pile / "relative.txt").symlink_to("../../pile-2/b.txt")
+    (pile / "chain.txt").symlink_to(pile / "absolute.txt")
+    (tmp_path / "linked").symlink_to(tmp_path / "pile")
+    out = {"absolute.txt", "relative.txt", "chain.txt"}
+    for source in ("pile", "linked", "pile/书/*.txt", "linked/**/*.txt", "linked/*/*.txt"):
+        found = sources.listing([f"{tmp_path}/{source}"], "text")
+        assert [Path(f.inside).name for f in found.files] == ["a.txt", "inside.txt"], source
+        assert {Path(reject.file).name for reject in found.rejects} == out
+        assert all("leads out of its source: name its target" in r.reason for r in found.rejects)
+    # What the cure says: the target, or a folder that holds both.
+    assert len(sources.listing([f"{pile}/absolute.txt"], "text").files) == 1
+    assert len(sources.listing([str(tmp_path)], "text").files) == 7
+
+
+def test_a_pattern_does_not_leave_its_folder_through_a_linked_one(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("of this machine")
+    (tmp_path / "pile").mkdir()
+    (tmp_path / "pile" / "way").symlink_to(tmp_path / "elsewhere")
+    found = sources.listing([f"{tmp_path}/pile/*/*.txt"], "text")
+    assert not found.files and len(found.rejects) == 1
+    assert len(sources.listing([f"{tmp_path}/pile/way/*.txt"], "text").files) == 1
 
 
 def test_name_that_is_not_utf8_is_quarantined(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 """Every token leads back to its file and its bytes."""
 
+import gzip
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.corpus import Corpus
+from pipelines.data.corpus import PART_BITS, PLACE_BITS, Corpus
 from pipelines.data.trace import trace
 from tests import fakes, observed_data
 
@@ -48,6 +52,55 @@ def test_every_token_leads_back_to_its_bytes(
     assert split["padding"] == padded
     assert 0 < split["padding_share"] < 0.5 and 0 < split["cut_share"] <= 1
     assert split["scripts"]["Han"]["documents"] == split["documents"]
+
+
+def texts(first: int, count: int) -> list[str]:
+    return [f"第{n}篇：定日镜跟随太阳。\n" * (3 + n % 9) for n in range(first, first + count)]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    """With lines between them that are no documents."""
+    lines = [json.dumps({"id": 1, "text": text}, ensure_ascii=False) for text in texts]
+    lines[5::9] = [f"\n{{broken\n{line}" for line in lines[5::9]]
+    return "\n".join(lines).encode() + b"\n"
+
+
+def test_a_token_leads_back_through_files_of_many_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compressed one, one that several partitions share, and a table."""
+    monkeypatch.chdir(tmp_path)
+    Path("docs").mkdir()
+    lines = {"docs/a.jsonl.gz": jsonl(texts(0, 60)), "docs/b.jsonl": jsonl(texts(100, 200))}
+    Path("docs/a.jsonl.gz").write_bytes(gzip.compress(lines["docs/a.jsonl.gz"]))
+    Path("docs/b.jsonl").write_bytes(lines["docs/b.jsonl"])
+    rows = texts(400, 60)
+    pq.write_table(pa.table({"text": rows}), "docs/c.parquet", row_group_size=7)
+    config = fakes.config("gpt-demo", *SHORT, "data.sources=[docs]", root="root")
+    corpus = Corpus(observed_data.prepared(config)[0])
+    found = list(corpus.rows("train"))
+    seen: dict[str, set[int]] = {}
+    partitions: dict[str, set[int]] = {}
+    for sample in range(0, len(found), 6):
+        position = sample % int(found[sample]["used"])
+        origin = trace(corpus, "train", sample, position)
+        assert origin.row is not None and origin.inside is not None
+        if origin.path == "docs/c.parquet":
+            text = rows[origin.row - 1].encode()
+            assert origin.span is None
+        else:
+            raw = lines[origin.path]
+            assert origin.span is not None
+            record = raw[slice(*origin.span)]
+            assert raw.split(b"\n")[origin.row - 1] == record
+            text = json.loads(record)["text"].encode()
+        piece = corpus_piece(corpus, int(found[sample]["tokens"][position]))
+        assert text[slice(*origin.inside)] == piece
+        seen.setdefault(origin.path, set()).add(origin.row)
+        partitions.setdefault(origin.path, set()).add(origin.document >> PART_BITS + PLACE_BITS)
+    assert seen.keys() == {"docs/a.jsonl.gz", "docs/b.jsonl", "docs/c.parquet"}
+    assert all(len(rows) > 8 for rows in seen.values())
+    assert len(partitions["docs/b.jsonl"]) > 3
 
 
 def corpus_piece(corpus: Corpus, token: int) -> bytes:

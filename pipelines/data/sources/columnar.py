@@ -25,6 +25,15 @@ BATCH_BYTES = 8 << 20
 EXTENSION = b"ARROW:extension:name"
 PLAIN_EXTENSIONS = ("arrow.json",)
 """Types whose storage is what they mean."""
+DAMAGE = (pa.ArrowException, ArithmeticError, LookupError, MemoryError, ValueError)
+"""What pyarrow raises over bytes that mean nothing: names that are not UTF-8, unknown time zones,
+times outside of any calendar, lengths beyond any memory."""
+_BYTES = {
+    pa.string(): pa.binary(),
+    pa.large_string(): pa.large_binary(),
+    pa.string_view(): pa.binary_view(),
+}
+"""Text as the bytes that it is made of."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Row:
 def texts(file: SourceFile, max_bytes: int) -> Iterator[RawText | Reject]:
     """
     Raises:
-        Unreadable: if the file is damaged, lacks the column, or holds what would run code.
+        Unreadable: if the file is damaged or empty, lacks the column, or holds what would run code.
         OSError: if the storage fails.
     """
     name, given = file.reading.text, 0
@@ -78,6 +87,7 @@ def rows(
     Raises:
         As `texts`.
     """
+    empty = file.span is None
     with open_seekable(file) as stream:
         try:
             for first, batch in _batches(file, stream, columns, beside):
@@ -86,13 +96,16 @@ def rows(
                 batch.validate(full=False)
                 cells = [_cells(batch, name) for name in (*columns, *beside)]
                 for offset, values in enumerate(zip(*cells, strict=True)):
+                    empty = False
                     yield Row(first + offset, values)
-        except (pa.ArrowException, OverflowError) as error:
+        except DAMAGE as error:
             raise Unreadable(f"damaged {file.extension} data ({type(error).__name__})") from None
         except OSError as error:
             if error.errno is not None or isinstance(error, Unreadable):
                 raise
             raise Unreadable(f"damaged {file.extension} data") from None
+    if empty:
+        raise Unreadable("empty: not a single row")
 
 
 def schema(file: SourceFile) -> pa.Schema:
@@ -105,7 +118,7 @@ def schema(file: SourceFile) -> pa.Schema:
             if file.extension == ".parquet":
                 return pq.read_schema(stream)
             return _arrow_reader(stream)[0].schema
-        except (pa.ArrowException, OSError) as error:
+        except (*DAMAGE, OSError) as error:
             if getattr(error, "errno", None) is not None:
                 raise
             raise Unreadable(f"damaged {file.extension} data ({type(error).__name__})") from None
@@ -117,17 +130,27 @@ def _cells(batch: pa.RecordBatch, name: str) -> list[Any]:
 
 
 def _bytes(column: pa.Array) -> list[Any]:
-    """Values of a column; text is not decoded, because Arrow does not promise that it is UTF-8."""
+    """Values of a column; text is not decoded, because Arrow does not promise that it is UTF-8.
+
+    Nor does it promise that offsets lie inside of their data: pyarrow follows them wherever they
+    lead, and the process ends there.
+
+    Raises:
+        pa.ArrowInvalid: if the column is not what its type says.
+    """
     kind = column.type
     if isinstance(kind, pa.BaseExtensionType):
         column, kind = column.storage, column.type.storage_type
     if pa.types.is_dictionary(kind):
-        values = _bytes(column.dictionary)
-        return [None if i is None else values[i] for i in column.indices.to_pylist()]
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        column = column.cast(pa.large_binary())
-    values = column.to_pylist()
-    return values
+        values, places = _bytes(column.dictionary), _bytes(column.indices)
+        if not all(place is None or 0 <= place < len(values) for place in places):
+            raise pa.ArrowInvalid("an index outside of its dictionary")
+        return [None if place is None else values[place] for place in places]
+    if kind in _BYTES:
+        column = column.view(_BYTES[kind])
+    column.validate(full=True)
+    cells: list[Any] = column.to_pylist()
+    return cells
 
 
 def _batches(
@@ -144,35 +167,31 @@ def _parquet(
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     with pq.ParquetFile(stream) as opened:
         columns = _chosen(opened.schema_arrow, columns, beside)
-        for group, first in _groups(opened.metadata, file.span):
-            size = _batch_rows(opened.metadata.row_group(group), columns)
-            reading = opened.iter_batches(size, row_groups=[group], columns=columns)
-            number = first
+        for number, first, size in _groups(file, opened.metadata):
+            reading = opened.iter_batches(size, row_groups=[number], columns=columns)
             for batch in reading:
-                yield number, batch
-                number += batch.num_rows
+                yield first, batch
+                first += batch.num_rows
 
 
-def _groups(metadata: Any, span: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
-    """Row groups that begin in the span, and the number of their first row."""
-    first = 1
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        begin = group.column(0).data_page_offset if group.num_columns else 0
-        if span is None or span[0] <= begin < span[1]:
-            yield number, first
+def _groups(file: SourceFile, metadata: Any) -> Iterator[tuple[int, int, int]]:
+    """Row groups that begin in the file's span: number, first row, and rows to read at once, whose
+    cells are about `BATCH_BYTES` together.
+
+    Where a group begins follows from the sizes of those before it. The place that its columns note
+    would be more exact, but pyarrow ends the process over columns whose notes are damaged.
+    """
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    sizes = [max(1, group.total_byte_size) for group in groups]
+    first, before, total = 1, 0, sum(sizes)
+    if total > max(FREE_EXPANSION, MAX_EXPANSION * file.size):
+        raise Unreadable(f"a decompression bomb: {file.size} bytes would become {total}")
+    for number, (group, size) in enumerate(zip(groups, sizes, strict=True)):
+        begin = file.size * before // total
+        if file.span is None or file.span[0] <= begin < file.span[1]:
+            yield number, first, max(1, min(8192, BATCH_BYTES * group.num_rows // size))
         first += group.num_rows
-
-
-def _batch_rows(group: Any, columns: Sequence[str]) -> int:
-    """Rows whose cells are about `BATCH_BYTES` together."""
-    chunks = [group.column(number) for number in range(group.num_columns)]
-    own = [c for c in chunks if c.path_in_schema.split(".")[0] in columns]
-    size = sum(chunk.total_uncompressed_size for chunk in own)
-    packed = sum(chunk.total_compressed_size for chunk in own)
-    if size > max(FREE_EXPANSION, MAX_EXPANSION * packed):
-        raise Unreadable(f"a decompression bomb: {packed} bytes would become {size}")
-    return max(1, min(8192, BATCH_BYTES * group.num_rows // max(1, size)))
+        before += size
 
 
 def _arrow(

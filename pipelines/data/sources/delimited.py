@@ -63,27 +63,30 @@ def by_row(file: SourceFile, stream: IO[bytes], max_bytes: int) -> Iterator[RawT
     """Rows are named by the line that they begin on; the header is line 1.
 
     Raises:
-        Unreadable: if the header cannot be read or lacks the column.
+        Unreadable: if the header cannot be read or lacks the column, or there are no rows.
     """
     lines = _Lines(stream, max_bytes)
     header, delimiter = _header(file, lines, max_bytes)
     # A global of the csv module: a field may be as long as a document.
     csv.field_size_limit(max_bytes)
     records = csv.reader(lines, delimiter=delimiter, strict=True)
+    empty = True
     while True:
         number, start = lines.number + 1, lines.position
         try:
             cells = next(records)
+            found = cells and _document(file, number, header, cells, (start, lines.position))
         except StopIteration:
-            return
+            break
         except _TooLong:
-            yield Reject(file.path, number, too_long(max_bytes))
-            continue
+            found = Reject(file.path, number, too_long(max_bytes))
         except csv.Error as error:
-            yield Reject(file.path, number, _broken(str(error), max_bytes))
-            continue
-        if cells:
-            yield _document(file, number, header, cells, (start, lines.position))
+            found = Reject(file.path, number, _broken(str(error), max_bytes))
+        if found:
+            empty = False
+            yield found
+    if empty:
+        raise Unreadable("empty: not a single row")
 
 
 def _header(file: SourceFile, lines: _Lines, max_bytes: int) -> tuple[list[str] | None, str]:

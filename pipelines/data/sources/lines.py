@@ -39,15 +39,17 @@ def by_line(
     """Documents of a file of one per line; of a part of a file, rows count from its first line.
 
     Raises:
-        Unreadable: if it is UTF-16, where a line feed is no byte.
+        Unreadable: if it is UTF-16, where a line feed is no byte, or empty as a whole.
     """
-    number = 0
+    number, empty = 0, True
     for number, start, line in _lines(file.span, stream, max_bytes):
         if start == 0 and is_utf16(line):
             raise Unreadable(undecodable(line[:2]))
+        body = line.strip()
+        empty = empty and not body
         if len(line) > max_bytes:
             yield Reject(file.path, number, too_long(max_bytes))
-        elif body := line.strip():
+        elif body:
             span = (start, start + len(line.rstrip(b"\r\n")))
             if file.extension in LINES:
                 yield _json_line(file, number, body, span)
@@ -55,6 +57,8 @@ def by_line(
                 yield _text_line(file.path, number, line.rstrip(b"\r\n"), span)
     if file.span is not None:
         yield Lines(file.path, number)
+    elif empty:
+        raise Unreadable("empty: no line with anything on it")
 
 
 def _lines(

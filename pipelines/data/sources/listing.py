@@ -1,7 +1,9 @@
 """Which files the sources hold: builtin corpora, local files, folders and globs."""
 
+import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -47,6 +49,7 @@ DIGITS_BYTES = 1797 * 64
 URL_LIST = ".urls"
 """Ending of a text file that names one URI per line."""
 MAX_LIST_BYTES = 64 << 20
+WAY_OUT = "a link that leads out of its source: name its target, or a folder that holds both"
 REFUSED = {
     "an archive: unpack it first": ".tar .tgz .tbz2 .txz .zip .7z .rar .jar .whl",
     "a pickle: never opened, because it can run code": ".pkl .pickle .pt .pth .joblib",
@@ -211,7 +214,7 @@ def _list_local(source: str, path: Path) -> Listing:
     if glob.has_magic(str(path)) and not path.exists():
         return _list_glob(source, path)
     if path.is_dir():
-        return _walk(source, path)
+        return _without_ways_out(path, _walk(source, path))
     if not path.exists():
         raise SourceError(f"data.sources: {source} does not exist")
     return _local_files([(str(path), source, path.name)])
@@ -224,9 +227,33 @@ def _list_glob(source: str, pattern: Path) -> Listing:
         raise SourceError(f"data.sources: no file matches {source}")
     base = os.path.commonpath([path.parent for path in files])
     inside = [path.relative_to(base).as_posix() for path in files]
-    return _local_files(
+    found = _local_files(
         [(str(p), f"{source}/{name}", name) for p, name in zip(files, inside, strict=True)]
     )
+    parts = pattern.parts
+    plain = itertools.takewhile(lambda part: not glob.has_magic(part), parts)
+    return _without_ways_out(Path(*plain), found)
+
+
+def _without_ways_out(top: Path, found: Listing) -> Listing:
+    """Whoever can put a link into a folder could have any file of this machine read.
+
+    Args:
+        top: what the recipe itself names; it may be a link.
+    """
+    root = os.path.realpath(top)
+    real_folder = functools.cache(os.path.realpath)
+    files: list[SourceFile] = []
+    rejects = list(found.rejects)
+    for file in found.files:
+        folder, name = os.path.split(file.location)
+        linked = os.path.islink(file.location)
+        target = os.path.realpath(file.location) if linked else f"{real_folder(folder)}/{name}"
+        if os.path.commonpath([root, target]) == root:
+            files.append(file)
+        else:
+            rejects.append(Reject(file.path, None, WAY_OUT))
+    return Listing(tuple(files), tuple(rejects), found.ignored)
 
 
 def _walk(source: str, top: Path, outside: Container[str] = ()) -> Listing:

@@ -32,6 +32,9 @@ FREE_EXPANSION = 64 << 20
 XZ_MEMORY = 192 << 20
 """Largest dictionary that an .xz may ask for: `xz -9` takes 65 MiB, a hostile one 4 GiB."""
 BUFFER = 1 << 18
+SILENCE = 60
+"""Seconds without a byte after which a server is given up."""
+CHANGED = "it changed after it was listed: run again"
 
 
 class Unreadable(OSError):
@@ -57,7 +60,7 @@ def open_binary(file: SourceFile) -> Iterator[IO[bytes]]:
 
     Raises:
         Unreadable: from reading too, if it is no regular file any more, is damaged, or expands
-            beyond all reason.
+            beyond all reason; at the end, if it is not the file any more that was listed.
         OSError: if the storage fails.
     """
     with _open(file) as raw:
@@ -86,37 +89,48 @@ def open_seekable(file: SourceFile) -> Iterator[Any]:
         yield copy
 
 
-def is_http(root: str) -> bool:
-    return root.startswith(("http://", "https://"))
-
-
-def _open(file: SourceFile) -> IO[bytes]:
+@contextmanager
+def _open(file: SourceFile) -> Iterator[IO[bytes]]:
     if is_http(file.root):
-        return _open_http(file.location)
-    return _open_remote(file) if file.remote else _open_local(file)
+        with _open_http(file) as raw:
+            yield raw
+        return
+    with _open_remote(file) if file.remote else _open_local(file) as raw:
+        yield raw
+        # A file that lost its end meanwhile looks like one that ends there.
+        if _changed_remote(file) if file.remote else _changed(file, raw):
+            raise Unreadable("it changed while it was read: run again")
 
 
 def _open_local(file: SourceFile) -> IO[bytes]:
     # Without O_NONBLOCK, a FIFO put in the file's place would be waited for for ever.
     stream = os.fdopen(os.open(file.location, os.O_RDONLY | os.O_NONBLOCK), "rb")
-    info = os.fstat(stream.fileno())
-    if not stat.S_ISREG(info.st_mode):
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
         raise Unreadable("not a regular file")
-    if file.mtime_ns and (info.st_size, info.st_mtime_ns) != (file.size, file.mtime_ns):
+    if _changed(file, stream):
         stream.close()
-        raise Unreadable("it changed after it was listed: run again")
+        raise Unreadable(CHANGED)
     return stream
+
+
+def _changed(file: SourceFile, stream: IO[bytes]) -> bool:
+    info = os.fstat(stream.fileno())
+    return bool(file.mtime_ns) and (info.st_size, info.st_mtime_ns) != (file.size, file.mtime_ns)
 
 
 def _open_remote(file: SourceFile) -> IO[bytes]:
     raw: Any = _filesystem(file.root).open_input_file(file.location)
+    if raw.size() != file.size:
+        raw.close()
+        raise Unreadable(CHANGED)
     return io.BufferedReader(raw)
 
 
-def _open_http(url: str) -> IO[bytes]:
-    """A stream, because not every server can be asked for a part of a file."""
-    return cast(IO[bytes], http_filesystem().open(url, "rb", block_size=0))
+def _changed_remote(file: SourceFile) -> bool:
+    """Sizes only: of one object, S3 tells times in other units when it lists it."""
+    info = _filesystem(file.root).get_file_info(file.location)
+    return info.size is not None and info.size != file.size
 
 
 @functools.cache
@@ -124,11 +138,68 @@ def _filesystem(root: str) -> fs.FileSystem:
     return located(root)[0]
 
 
+# ------------------------------------------------------------------ HTTP
+
+
+def is_http(root: str) -> bool:
+    return root.startswith(("http://", "https://"))
+
+
 @functools.cache
 def http_filesystem() -> Any:
+    import aiohttp
     import fsspec
 
-    return fsspec.filesystem("http")
+    # aiohttp would end every answer after five minutes, however well it comes.
+    patience = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+    return fsspec.filesystem("http", client_kwargs={"timeout": patience})
+
+
+def _open_http(file: SourceFile) -> IO[bytes]:
+    return io.BufferedReader(_Body(file), BUFFER)
+
+
+class _Body(io.RawIOBase):
+    """What a server sends: a stream, because not every server can be asked for a part of a file."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self._size, self._taken = file.size, 0
+        # Compressed on the way, it would have another size. A size of any kind spares a request.
+        asked = {"headers": {"Accept-Encoding": "identity"}, "size": 1}
+        with _told_in_words():
+            self._stream = http_filesystem().open(file.location, "rb", block_size=0, **asked)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _told_in_words():
+            chunk = self._stream.read(len(buffer))
+        buffer[: len(chunk)] = chunk
+        self._taken += len(chunk)
+        if not chunk and self._size and self._taken != self._size:
+            raise Unreadable(f"the server sent {self._taken} of {self._size} bytes")
+        return len(chunk)
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "_stream"):
+            self._stream.close()
+        super().close()
+
+
+@contextmanager
+def _told_in_words() -> Iterator[None]:
+    """Errors of HTTP, most of which are no `OSError`."""
+    import aiohttp
+
+    try:
+        yield
+    except aiohttp.ClientResponseError as error:
+        raise Unreadable(f"the server answers {error.status}") from None
+    except TimeoutError:
+        raise Unreadable(f"the server was silent for {SILENCE} s") from None
+    except aiohttp.ClientError as error:
+        raise Unreadable(f"the connection broke ({type(error).__name__})") from None
 
 
 # ------------------------------------------------------------------ decompression
@@ -162,6 +233,8 @@ class _Expanding(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             chunk = self._read(len(buffer))
+        except Unreadable:
+            raise
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile):
             raise Unreadable(f"damaged {self._codec} data") from None
         except OSError as error:

@@ -21,13 +21,14 @@ def read_texts(file: SourceFile, max_bytes: int) -> Iterator[RawText | Reject | 
     try:
         if file.extension in COLUMNAR:
             yield from columnar.texts(file, max_bytes)
-            return
-        with open_binary(file) as stream:
-            if file.extension in DELIMITED:
-                yield from delimited.by_row(file, stream, max_bytes)
-            elif file.by_line:
-                yield from lines.by_line(file, stream, max_bytes)
-            else:
-                yield lines.whole(file, stream, max_bytes)
+        elif file.extension in DELIMITED or file.by_line:
+            records = delimited.by_row if file.extension in DELIMITED else lines.by_line
+            with open_binary(file) as stream:
+                yield from records(file, stream, max_bytes)
+        else:
+            with open_binary(file) as stream:
+                document = lines.whole(file, stream, max_bytes)
+            # Only now: half a document is none.
+            yield document
     except OSError as error:
         yield Reject(file.path, None, why(error))
