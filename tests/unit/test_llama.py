@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cluster.errors import CapacityError
+from serving.engines import loading
 from serving.engines.fast import FastRunner
 from serving.engines.linear import SAME, Both, Int8, Packed, Plain, converted
 from serving.engines.llama import Shape, fits
@@ -193,6 +194,25 @@ def test_the_weights_are_held_by_what_is_right_and_fast_here(folder: Path) -> No
     assert choose_kind(shape, "bf16", twice=True)[0] in ("bf16", "fp32")
     with pytest.raises(ValueError, match="fp64"):
         open_runner(folder, 128, Options(slots=1, precision="fp64"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("int8", Int8), ("bf16", Packed)])
+def test_a_lower_precision_that_is_no_faster_is_not_taken(
+    precision: Any, kind: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = Shape(2, 4, 4, 64, 256, 1e-5, 512)
+    times = {"fp32": 2.0, precision: 1.0}
+
+    def timed(linear: Any, inputs: int) -> list[float]:
+        exact = not isinstance(linear, Int8) and linear._weight.dtype == torch.float32
+        return [times["fp32" if exact else precision]] * 3
+
+    monkeypatch.setattr(loading, "seconds", timed)
+    assert choose_kind(shape, precision, twice=False) == (precision, kind)
+    assert not caplog.text
+    times[precision] = 3.0
+    assert choose_kind(shape, precision, twice=False)[0] == "fp32"
+    assert f"{precision} is not faster than fp32 on this machine: fp32 it is" in caplog.text
 
 
 def test_a_cache_that_cannot_fit_is_refused_with_the_cure(folder: Path) -> None:
