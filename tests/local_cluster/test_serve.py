@@ -48,9 +48,7 @@ LONG = json.dumps({"model": "tiny", "prompt": "a" * 200}).encode()
 def served(ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     service = Served(
         tmp_path_factory.mktemp("serve"),
-        "serve.ingress_replicas=2",
-        "serve.max_concurrent=4",
-        "serve.max_waiting=2",
+        *("serve.ingress_replicas=2", "serve.max_concurrent=4", "serve.max_waiting=2"),
         "serve.deadline_seconds=60",
     )
     yield service
@@ -132,10 +130,8 @@ def test_pictures_are_classified_from_json_and_from_a_form(served: Served) -> No
 
 
 def test_a_chat_renders_the_models_own_template(served: Served) -> None:
-    messages: list[Any] = [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": [{"type": "text", "text": "你好"}]},
-    ]
+    parts = [{"type": "text", "text": "你好"}]
+    messages: list[Any] = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}]
     common: dict[str, Any] = {"model": "talker", "messages": messages, "temperature": 0}
     _, expected = tiny_model.greedy(served.folder / "talker", "s:s\nu:你好\na:", 20)
     whole = served.openai.chat.completions.create(**common, max_completion_tokens=20)
@@ -179,12 +175,9 @@ def test_log_probabilities_bias_and_penalties(served: Served) -> None:
     )
     assert shunned.choices[0].text != biased.choices[0].text
     told = served.openai.chat.completions.create(
-        model="talker",
-        messages=[{"role": "user", "content": "好"}],
-        max_tokens=3,
-        logprobs=True,
+        model="talker", messages=[{"role": "user", "content": "好"}], max_tokens=3, logprobs=True,
         top_logprobs=2,
-    )
+    )  # fmt: skip
     content = told.choices[0].logprobs
     assert content is not None and content.content is not None
     assert [len(token.top_logprobs) for token in content.content] == [2] * len(content.content)
