@@ -63,8 +63,10 @@ class Served:
         asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "temperature": 0} | fields
         return self.http.post("/v1/completions", json=asked)
 
-    def deploy(self, file: Path, dashboard: str) -> None:
-        """With Ray's own command, as on a cluster."""
+    def deploy(self, text: str, dashboard: str) -> None:
+        """A written config, with Ray's own command, as on a cluster."""
+        file = self.folder / "serve.yaml"
+        file.write_text(text, "utf-8")
         command = [Path(sys.executable).with_name("serve"), "deploy", file]
         address = os.environ | {"RAY_DASHBOARD_ADDRESS": f"http://{dashboard}", "NO_PROXY": "*"}
         done = subprocess.run(command, env=address, capture_output=True, text=True, timeout=60)
