@@ -73,11 +73,9 @@ def test_the_openai_client_completes_and_streams(served: Served) -> None:
     assert (choice.text, choice.finish_reason) == (expected, "length")
     assert whole.usage is not None and whole.usage.completion_tokens == len(ids)
     assert whole.usage.prompt_tokens == len(PROMPT)
-    chunks = list(
-        served.openai.completions.create(
-            **common, stream=True, stream_options={"include_usage": True}
-        )
-    )
+    usage: Any = {"include_usage": True}
+    stream = served.openai.completions.create(**common, stream=True, stream_options=usage)
+    chunks = list(stream)
     assert "".join(c.choices[0].text for c in chunks if c.choices) == expected
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
@@ -484,10 +482,8 @@ def test_serve_deploy_takes_what_was_written_and_its_deadline_is_kept(
     served.http.headers["authorization"] = f"Bearer {secret}"
     asked = {"model": "talker", "prompt": "a", "max_tokens": 2}
     assert until(lambda: served.complete(**asked).status_code == 200, 10)
-    headers: list[dict[str, str]] = [
-        {}, {"x-request-timeout-seconds": "0"}, {"x-request-timeout-seconds": "100"},
-        {"x-request-timeout-seconds": "nan"}, {"x-request-disconnect-disabled": "?1"},
-    ]  # fmt: skip
+    moved = [{"x-request-timeout-seconds": value} for value in ("0", "100", "nan")]
+    headers = [{}, *moved, {"x-request-disconnect-disabled": "?1"}]
 
     def ask(more: dict[str, str]) -> httpx.Response:
         return served.http.post("/v1/completions", json=asked, headers=more)
