@@ -5,13 +5,15 @@ PYTHON ?= python3.11
 TORCH_INDEX_URL ?=
 BIN := .venv/bin
 
-.PHONY: setup demo test test-unit test-chaos test-smoke test-hosts check bench
+.PHONY: setup demo test test-unit test-gpu test-chaos test-smoke test-hosts check bench
 setup: .venv/.installed
 demo: setup ; $(BIN)/heliostat up gpt-demo
 check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 test: test-unit ; $(BIN)/pytest -m 'not chaos' tests/local_cluster
 # Two at once; a file's tests stay together, since they share what they build.
 test-unit: setup ; $(BIN)/pytest -n 2 --dist loadfile -m 'not chaos' tests/unit
+# Says so where there is no GPU.
+test-gpu: setup ; $(BIN)/pytest -v tests/gpu
 test-chaos: setup ; $(BIN)/pytest -m chaos tests
 # Both need root, and apt-get install iproute2 openssh-server rsync; they say what is missing. `test`
 # has the first in it, where the machine can.

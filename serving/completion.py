@@ -87,6 +87,10 @@ class _Part(Body):
 class _Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[_Part], Field(max_length=MAX_MESSAGES)] | None = None
+    # Refused by name: a conversation without them would be another one.
+    tool_calls: Any = None
+    function_call: Any = None
+    audio: Any = None
 
 
 class _ChatBody(_GenerationBody):
@@ -109,12 +113,6 @@ class _DetokenizeBody(Body):
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "suffix": (None, ""),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
-    "ignore_eos": (None, False),
-    "stop_token_ids": (None, []),
-    "repetition_penalty": (None, 1),
-    "prompt_logprobs": (None,),
     "response_format": (None, {"type": "text"}),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -124,9 +122,49 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (None,),
     "prediction": (None,),
     "web_search_options": (None,),
+    "moderation": (None,),
+    "parallel_tool_calls": (None,),
+    "reasoning_effort": (None, "none"),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "verbosity": (None, "medium"),
+    # Those of other servers that speak this language.
+    "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "ignore_eos": (None, False),
+    "stop_token_ids": (None, []),
+    "include_stop_str_in_output": (None, False),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None,),
+    "repetition_penalty": (None, 1),
+    "length_penalty": (None, 1),
+    "use_beam_search": (None, False),
+    "prompt_logprobs": (None,),
+    "truncate_prompt_tokens": (None,),
+    "structured_outputs": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "json_schema": (None,),
+    "grammar": (None, ""),
     "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
 }
 """Fields that we know and do not support, with the values that ask for nothing."""
+
+HARMLESS = (
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "user",
+)
+"""Fields of the conventions that are ignored: labels and hints, without which the answer is the
+same one."""
 
 _UNIONS: Mapping[str, str] = {
     "prompt": "must be a string, a list of strings, token ids, or a list of lists of token ids",
@@ -288,6 +326,14 @@ def _chat(messages: list[_Message]) -> Chat:
 
 def _message(message: _Message, at: int) -> dict[str, str]:
     content = message.content
+    other = next((n for n in ("tool_calls", "function_call", "audio") if getattr(message, n)), None)
+    if other is not None:
+        raise RequestError(
+            400,
+            f"messages[{at}]: {other} is not supported: leave it out",
+            param="messages",
+            code="unsupported",
+        )
     if isinstance(content, list):
         other = next((part.type for part in content if part.type != "text"), None)
         if other is not None or any(part.text is None for part in content):

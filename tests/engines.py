@@ -106,6 +106,17 @@ def reference_of(folder: Path) -> Logits:
     return logits
 
 
+def anew(runner: Runner) -> Logits:
+    """What a lower precision is held to: its own products over the whole text at once, alone. How
+    far they are from fp32 is what `parity` bounds."""
+
+    def logits(ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return runner.forward([], [Feed(0, 0, tuple(ids), len(ids))]).float().cpu()
+
+    return logits
+
+
 def request(prompt: Any = "a", name: str = "r", echo: bool = False, **sampling: Any) -> Any:
     parameters = SamplingParameters(**({"max_tokens": 4, "temperature": 0} | sampling))
     return GenerationRequest(name, prompt, parameters, echo)

@@ -19,6 +19,8 @@ os.environ["RAY_AUTH_TOKEN"] = "0" * 63 + "1"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["RAY_DEDUP_LOGS"] = "0"
+# Nobody should wait for Ray's ten seconds to see a figure.
+os.environ["RAY_metrics_report_interval_ms"] = "2000"  # noqa: SIM112 (its name)
 # Several sessions may run on a machine; and lines of a log that a test reads must be out at once.
 for _name in ("STATS", "METRICS"):
     os.environ[f"RAY_SERVE_HAPROXY_{_name}_PORT"] = str(free_port())

@@ -1,6 +1,7 @@
 """A published model behind HTTP on a real local Ray: the stage, the answers, the faults."""
 
 import asyncio
+import base64
 import json
 import os
 import re
@@ -17,28 +18,37 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import yaml
 
-from cluster.errors import ArtifactError, ConfigError, PortError, ServingError, UsageError
-from cluster.storage import Store
+from cluster.errors import ArtifactError, PortError, ServingError
+from cluster.session import Session
+from pipelines import families
 from serving import app
 from serving.auth import KeyFile, Quota, new_key
-from tests import tiny_model
+from tests import strangers, tiny_classifier, tiny_model
 from tests.fakes import config
 from tests.fuzzing import fire
 from tests.ports import free_port
-from tests.served import PROMPT, Served, busy, memory, pids, until
+from tests.served import (
+    PROMPT,
+    Served,
+    busy,
+    halted,
+    listener,
+    memory,
+    one_call_at_a_time,
+    pids,
+    until,
+)  # fmt: skip
 
 pytestmark = pytest.mark.cluster
+LONG = json.dumps({"model": "tiny", "prompt": "a" * 200}).encode()
 
 
 @pytest.fixture(scope="module")
 def served(ray_session: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     service = Served(
         tmp_path_factory.mktemp("serve"),
-        "serve.ingress_replicas=2",
-        "serve.max_concurrent=4",
-        "serve.max_waiting=2",
+        *("serve.ingress_replicas=2", "serve.max_concurrent=4", "serve.max_waiting=2"),
         "serve.deadline_seconds=60",
     )
     yield service
@@ -51,28 +61,25 @@ def test_the_stage_answers_itself_and_reports(served: Served) -> None:
     assert "tokens/s" in served.result.headline
 
 
+def test_the_proxy_is_the_one_that_we_ship(served: Served) -> None:
+    assert listener(served.config.serve.port) == "haproxy"
+
+
 def test_the_openai_client_completes_and_streams(served: Served) -> None:
     ids, expected = tiny_model.greedy(served.folder / "1", PROMPT, 32)
-    common: dict[str, Any] = {
-        "model": "tiny",
-        "prompt": PROMPT,
-        "max_tokens": 32,
-        "temperature": 0,
-    }
+    common: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 32, "temperature": 0}
     whole = served.openai.completions.create(**common)
-    assert whole.choices[0].text == expected
-    assert whole.choices[0].finish_reason == "length"
+    [choice] = whole.choices
+    assert (choice.text, choice.finish_reason) == (expected, "length")
     assert whole.usage is not None and whole.usage.completion_tokens == len(ids)
     assert whole.usage.prompt_tokens == len(PROMPT)
-    chunks = list(
-        served.openai.completions.create(
-            **common, stream=True, stream_options={"include_usage": True}
-        )
-    )
+    usage: Any = {"include_usage": True}
+    stream = served.openai.completions.create(**common, stream=True, stream_options=usage)
+    chunks = list(stream)
     assert "".join(c.choices[0].text for c in chunks if c.choices) == expected
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
-    assert [m.id for m in served.openai.models.list()] == ["tiny", "talker"]
+    assert [m.id for m in served.openai.models.list()] == ["tiny", "talker", "digits"]
     assert served.openai.models.retrieve("tiny").object == "model"
 
 
@@ -81,15 +88,19 @@ def test_the_lines_for_curl_in_the_documentation_run(served: Served) -> None:
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
     lines = re.findall(r"^\$ (curl (?:.*\\\n)*.*)$", text, re.MULTILINE)
     answers = []
+    (served.folder / "picture.png").write_bytes(tiny_classifier.picture(1))
     for line in lines:
-        command = line.replace("http://127.0.0.1:8000", served.url).replace("my-model", "tiny")
+        command = line.replace("http://127.0.0.1:8000", served.url)
+        command = command.replace("my-model", "tiny").replace("my-classifier", "digits")
         environment = os.environ | {"HELIOSTAT_API_KEY": "none", "NO_PROXY": "*"}
         done = subprocess.run(
-            ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60
-        )
+            ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60,
+            cwd=served.folder,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         answers.append(done.stdout)
-    whole, stream = answers
+    whole, stream, classified = answers
+    assert json.loads(classified)["data"][0]["label"] in {"one", "零"}
     expected = tiny_model.greedy(served.folder / "1", "你好", 16)[1]
     assert json.loads(whole)["choices"][0]["text"] == expected
     frames = [line.removeprefix("data: ") for line in stream.splitlines() if line]
@@ -97,11 +108,28 @@ def test_the_lines_for_curl_in_the_documentation_run(served: Served) -> None:
     assert "".join(json.loads(frame)["choices"][0]["text"] for frame in frames) == expected
 
 
+def test_pictures_are_classified_from_json_and_from_a_form(served: Served) -> None:
+    files = [tiny_classifier.picture(place) for place in range(3)]
+    inputs = [{"image": base64.b64encode(file).decode()} for file in files]
+    local = families.load("image_classifier").predictor(served.folder / "digits" / "files")
+    expected = local.predict(inputs)
+    said = served.http.post("/v1/classify", json={"model": "digits", "inputs": inputs})
+    parts = [("image", (f"图{n}.png", file, "image/png")) for n, file in enumerate(files)]
+    sent = served.http.post("/v1/classify", data={"model": "digits"}, files=parts)
+    assert said.json() == sent.json() and said.headers["x-model-id"] == "model/digits@1"
+    for answer, right in zip(said.json()["data"], expected, strict=True):
+        assert answer["label"] == right["label"]
+        assert answer["scores"] == pytest.approx(right["scores"], abs=1e-5)
+    broken = [("image", ("a.png", files[0][:60], "image/png"))]
+    refused = served.http.post("/v1/classify", data={"model": "digits"}, files=broken)
+    assert refused.status_code == 400 and "PNG or JPEG" in refused.json()["error"]["message"]
+    words = served.complete(model="digits")
+    assert words.status_code == 400 and "/v1/classify" in words.json()["error"]["message"]
+
+
 def test_a_chat_renders_the_models_own_template(served: Served) -> None:
-    messages: list[Any] = [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": [{"type": "text", "text": "你好"}]},
-    ]
+    parts = [{"type": "text", "text": "你好"}]
+    messages: list[Any] = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}]
     common: dict[str, Any] = {"model": "talker", "messages": messages, "temperature": 0}
     _, expected = tiny_model.greedy(served.folder / "talker", "s:s\nu:你好\na:", 20)
     whole = served.openai.chat.completions.create(**common, max_completion_tokens=20)
@@ -145,12 +173,9 @@ def test_log_probabilities_bias_and_penalties(served: Served) -> None:
     )
     assert shunned.choices[0].text != biased.choices[0].text
     told = served.openai.chat.completions.create(
-        model="talker",
-        messages=[{"role": "user", "content": "好"}],
-        max_tokens=3,
-        logprobs=True,
+        model="talker", messages=[{"role": "user", "content": "好"}], max_tokens=3, logprobs=True,
         top_logprobs=2,
-    )
+    )  # fmt: skip
     content = told.choices[0].logprobs
     assert content is not None and content.content is not None
     assert [len(token.top_logprobs) for token in content.content] == [2] * len(content.content)
@@ -180,13 +205,7 @@ def test_greedy_over_http_equals_generate_with_a_full_batch(served: Served) -> N
 
 
 def test_a_stream_is_server_sent_events_that_come_piece_by_piece(served: Served) -> None:
-    asked = {
-        "model": "tiny",
-        "prompt": PROMPT,
-        "max_tokens": 100,
-        "temperature": 0,
-        "stream": True,
-    }
+    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "temperature": 0, "stream": True}
     with served.http.stream("POST", "/v1/completions", json=asked) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.headers["x-model-id"] == served.model.id
@@ -207,13 +226,7 @@ def test_a_stream_is_server_sent_events_that_come_piece_by_piece(served: Served)
         ("POST", "/v1/completions", b"{", 400, None),
         ("POST", "/v1/completions", b" " * ((8 << 20) + 1), 413, "body_too_large"),
         ("POST", "/v1/completions", b'{"model":"other","prompt":"a"}', 404, "model_not_found"),
-        (
-            "POST",
-            "/v1/completions",
-            json.dumps({"model": "tiny", "prompt": "a" * 200}).encode(),
-            400,
-            "context_length_exceeded",
-        ),
+        ("POST", "/v1/completions", LONG, 400, "context_length_exceeded"),
         ("POST", "/v1/classify", b'{"model":"tiny","inputs":[{"pixels":[[0]]}]}', 400, None),
     ],
 )
@@ -243,14 +256,8 @@ def test_clients_that_vanish_free_their_places(
     served: Served, stream: bool, headers: dict[str, str]
 ) -> None:
     # Never ends by itself within the test: the whole context for each of several choices.
-    asked = {
-        "model": "tiny",
-        "prompt": "a",
-        "max_tokens": 120,
-        "n": 4,
-        "stream": stream,
-        "temperature": 2,
-    }
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 120, "temperature": 2}
+    asked |= {"n": 4, "stream": stream}
 
     async def leave_early() -> None:
         async with httpx.AsyncClient(trust_env=False) as client:
@@ -269,24 +276,12 @@ def test_clients_that_vanish_free_their_places(
 def test_overload_is_answered_at_once_and_serves_the_rest(served: Served) -> None:
     def ask(_: int) -> tuple[int, str | None]:
         answer = served.complete(prompt="a", max_tokens=100)
-        if answer.status_code == 500:
-            print(answer.text)
         return answer.status_code, answer.headers.get("retry-after")
 
     with ThreadPoolExecutor(24) as pool:
         answers = list(pool.map(ask, range(24)))
     assert {status for status, _ in answers} == {200, 503}
     assert all(retry == "1" for status, retry in answers if status == 503)
-
-
-def test_the_server_has_deadlines_that_no_header_moves(served: Served) -> None:
-    for value in ("0", "nan", "0.001"):
-        answer = served.http.post(
-            "/v1/completions",
-            json={"model": "tiny", "prompt": "a", "max_tokens": 8},
-            headers={"x-request-timeout-seconds": value},
-        )
-        assert answer.status_code == 200
 
 
 def test_who_expects_an_interim_answer_gets_the_whole_one(served: Served) -> None:
@@ -302,13 +297,16 @@ def test_who_expects_an_interim_answer_gets_the_whole_one(served: Served) -> Non
 
 
 def test_odd_requests_break_nothing(served: Served) -> None:
-    before, weight = pids("tiny") + pids("Ingress"), memory(("tiny", "talker", "Ingress"))
+    parts = ("tiny", "talker", "digits", "Ingress")
+    before, weight = [pids(part) for part in parts], memory(parts)
     found = fire(served.http, 200, seed=20261122)
     print(dict(found))
-    assert {200, 400, 404, 405, 415} <= set(found)
-    assert pids("tiny") + pids("Ingress") == before
+    assert {200, 400, 404, 405, 415} <= {status for _, status in found}
+    answered = {path for path, status in found if status == 200}
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/classify", "/tokenize"} <= answered
+    assert [pids(part) for part in parts] == before
     assert until(lambda: busy() == 0, 5)
-    assert memory(("tiny", "talker", "Ingress")) - weight < 100 * 2**20
+    assert memory(parts) - weight < 100 * 2**20
 
 
 def test_each_request_leaves_a_line_that_tells_nothing_of_what_was_said(served: Served) -> None:
@@ -407,42 +405,6 @@ def test_a_damaged_model_leaves_the_one_before_in_service(served: Served) -> Non
     assert served.complete().headers["x-model-id"] == before
 
 
-def test_a_port_in_use_is_refused_before_any_work(root: Path) -> None:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        holder.listen()
-        port = holder.getsockname()[1]
-        taken = config("gpt-demo", f"serve.port={port}", root=root)
-        with pytest.raises(PortError, match=f"port {port} on 127.0.0.1 is taken"):
-            app.check(taken)
-    app.check(taken)
-    with pytest.raises(PortError, match="not an address"):
-        app.check(config("gpt-demo", "serve.host=nowhere.invalid", root=root))
-
-
-def test_serving_nothing_names_the_stage_to_run_first(root: Path) -> None:
-    with pytest.raises(UsageError, match="heliostat publish"):
-        app.run(config("gpt-demo", root=root))
-
-
-def test_a_service_for_the_network_needs_a_key(served: Served, root: Path) -> None:
-    tiny_model.publish(Store(str(root)), root / "folder", "gpt-demo")
-    public = config("gpt-demo", "serve.host=0.0.0.0", f"serve.port={free_port()}", root=root)
-    with pytest.raises(ConfigError, match="heliostat keys create NAME"):
-        app.run(public)
-
-
-def test_the_written_config_is_what_serve_takes(served: Served) -> None:
-    from ray.serve.schema import ServeDeploySchema
-
-    told = app.write_config(served.config)
-    schema = ServeDeploySchema.model_validate(yaml.safe_load(told))
-    assert {d.name for a in schema.applications for d in a.deployments} == {
-        "Ingress", "Accounts", "tiny", "talker",
-    }  # fmt: skip
-    assert "model/tiny@" in told and "hst-" not in told
-
-
 def test_keys_close_the_service_and_are_revoked_everywhere_in_ten_seconds(served: Served) -> None:
     """From here on the module's service asks for a key."""
 
@@ -466,19 +428,25 @@ def test_keys_close_the_service_and_are_revoked_everywhere_in_ten_seconds(served
         served.openai.models.list()
     # Two replicas of the ingress keep one account.
     limited, stored = new_key("limited", quota=Quota(requests_per_minute=6))
+    single, alone = new_key("single", quota=Quota(concurrent=1))
     keys.add(stored)
-    assert until(lambda: status(limited) == 200, 10)
+    keys.add(alone)
+    assert until(lambda: status(limited) == status(single) == 200, 10)
     asked = {"model": "tiny", "prompt": "a", "max_tokens": 1}
     headers = {"authorization": f"Bearer {limited}", "connection": "close"}
     answers = [served.http.post("/v1/completions", json=asked, headers=headers) for _ in range(14)]
     taken = [answer.status_code for answer in answers]
     assert 6 <= taken.count(200) <= 7 and taken.count(429) == 14 - taken.count(200)
     assert all(a.headers["retry-after"] for a in answers if a.status_code == 429)
+    one_call_at_a_time(served, single)
     # The stage asks its own service with a key that it makes for itself.
     served.publish(seed=4)  # after the damaged one
     assert app.run(served.config).metrics["tokens_per_second"] > 0
     keys.revoke("test")
     assert until(lambda: status(secret) == 401, 10)
+    wrong = {"nobody": None, "a stranger": new_key("other")[0], "who was revoked": secret}
+    assert strangers.every_route_is_closed(served.http, "tiny", wrong) > 150
+    strangers.odd_requests_get_nothing(served.url)
     guarded.close()
 
 
@@ -491,3 +459,40 @@ def test_a_model_that_cannot_be_loaded_says_why(served: Served) -> None:
     staging.commit(files, fingerprint="f", config={}, detail=detail)
     with pytest.raises(ServingError, match="tiny: .*no such type"):
         app.run(served.config)
+
+
+def test_serve_deploy_takes_what_was_written_and_its_deadline_is_kept(
+    served: Served, ray_session: Session
+) -> None:
+    """Other settings make everything new. Of one model, and last: each takes seconds to start."""
+    changed = {"models": ("talker@1",), "deadline_seconds": 2.0}
+    section = served.config.serve.model_copy(update=changed)
+    text = app.write_config(served.config.model_copy(update={"serve": section}))
+    assert "hst-" not in text
+    before = pids("Ingress") + pids("talker")
+    served.deploy(text, ray_session.dashboard)
+
+    def renewed() -> bool:
+        now = pids("Ingress"), pids("talker")
+        return [len(some) for some in now] == [2, 1] and not {*before} & {*now[0], *now[1]}
+
+    assert until(renewed, 60)
+    secret, key = new_key("last")
+    KeyFile(served.store).add(key)
+    served.http.headers["authorization"] = f"Bearer {secret}"
+    asked = {"model": "talker", "prompt": "a", "max_tokens": 2}
+    assert until(lambda: served.complete(**asked).status_code == 200, 10)
+    moved = [{"x-request-timeout-seconds": value} for value in ("0", "100", "nan")]
+    headers = [{}, *moved, {"x-request-disconnect-disabled": "?1"}]
+
+    def ask(more: dict[str, str]) -> httpx.Response:
+        return served.http.post("/v1/completions", json=asked, headers=more)
+
+    with halted("talker"), ThreadPoolExecutor(len(headers)) as pool:
+        answers = list(pool.map(ask, headers))
+    assert {answer.status_code for answer in answers} == {504}
+    assert {answer.json()["error"]["code"] for answer in answers} == {"deadline"}
+    assert all(1.9 < answer.elapsed.total_seconds() < 5 for answer in answers)
+    assert until(lambda: busy("talker") == 0, 5)
+    # None of them ends an answer that is in time.
+    assert {answer.status_code for answer in map(ask, headers)} == {200}

@@ -8,50 +8,19 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI
 
 from serving.auth import Key, Quota, new_key
 from serving.border import HeaderGuard, request_id
 from serving.routes import Bounds
 from tests.scripted import application, call, complete
+from tests.strangers import HOSTS, OPEN, routes
 
 SECRET, KEY = new_key("a")
 READER_SECRET, READER = new_key("reader", ["classify"])
-OPEN = {"/", "/health"}
-HOSTS = [
-    "a/?x=",
-    "x/docs?",
-    "h/#",
-    "/health",
-    "localhost/health?",
-    "localhost#",
-    "a b",
-    "@",
-    "localhost@evil",
-    "[::1",
-    "127.0.0.1:8000:1",
-    "xn--",
-    "a" * 300,
-    "\xff",
-    "localhost, evil",
-    "http://localhost",
-]
 
 
 def bearer(secret: str) -> dict[str, str]:
     return {"authorization": f"Bearer {secret}"}
-
-
-def routes() -> list[tuple[str, str]]:
-    app: FastAPI = application()[0]._app
-    found = [
-        (method, route.path.replace("{name}", "gpt"))
-        for route in app.router.routes
-        for method in sorted(getattr(route, "methods", None) or ["GET"])
-    ]
-    assert len(found) > 8
-    # And what no route answers.
-    return [*found, ("GET", "/nowhere"), ("PUT", "/v1/models"), ("GET", "/health/"), ("GET", "/V1")]
 
 
 @pytest.mark.parametrize(("method", "path"), routes())

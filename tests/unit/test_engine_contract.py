@@ -1,9 +1,10 @@
-"""One contract for every engine: the fast path, the general one, and one without a model."""
+"""One contract for every engine: the fast path in each precision, the general one, one without a
+model; and for classifiers what they have in common with those."""
 
 import asyncio
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,30 @@ from typing import Any
 import pytest
 import torch
 
-from serving.engines.base import Failed, Finished, PromptScored, Started, TokenLogprob, Tokens
+from serving.engines import loading
+from serving.engines.base import (
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    PredictionRequest,
+    PromptScored,
+    Started,
+    TokenLogprob,
+    Tokens,
+    is_last,
+)
 from serving.engines.fast import FastRunner
 from serving.engines.generation import GenerationEngine
-from serving.engines.linear import Packed, Plain
+from serving.engines.linear import Int8, Packed, Plain
 from serving.engines.loading import Options, open_runner
+from serving.engines.prediction import PredictionEngine
 from serving.engines.runner import Feed
 from tests import tiny_model
 from tests.engines import (
     Subject,
     TableRunner,
+    anew,
     answer,
     greedy,
     ids_of,
@@ -31,7 +46,14 @@ from tests.engines import (
     text_of,
 )
 
-SUBJECTS = ["table", "general", "general-constant", "fast", "fast-packed", "fast-constant"]
+KINDS: dict[str, tuple[Any, Any]] = {
+    "fast": ("fp32", Plain),
+    "fast-packed": ("fp32", Packed),
+    "fast-constant": ("fp32", Packed),
+    "fast-bf16": ("bf16", Packed),
+    "fast-int8": ("int8", Int8),
+}
+SUBJECTS = ["table", "general", "general-constant", *KINDS]
 PROMPTS = ["def ", "你好", "x", "import os\n\n", "The quick brown fox", "𝒳"]
 
 
@@ -54,7 +76,13 @@ def one_thread() -> Iterator[None]:
 def subject(request: pytest.FixtureRequest, folder: Path) -> Subject:
     if request.param == "table":
         return Subject(TableRunner, table)
-    return Subject(partial(_opened, request.param, folder), reference_of(folder))
+    precision, kind = KINDS.get(request.param, ("fp32", Plain))
+    if loading._checked(kind, torch.eye(64), precision) is None:
+        pytest.skip(f"this machine has no {precision} products")
+    opened = partial(_opened, request.param, folder)
+    if precision == "fp32":
+        return Subject(opened, reference_of(folder))
+    return Subject(opened, anew(opened(slots=1, spare=0)))
 
 
 def _opened(kind: str, folder: Path, slots: int = 4, spare: int = 2) -> Any:
@@ -67,12 +95,12 @@ def _opened(kind: str, folder: Path, slots: int = 4, spare: int = 2) -> Any:
         assert opened.constant == (constant or slots == 1)
         return opened
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    held: Any = Plain if kind == "fast" else Packed
+    precision, held = KINDS[kind]
     constant = kind == "fast-constant"
     spare = 0 if constant else spare
     runner = FastRunner(
         model, folder, slots=slots, length=tiny_model.CONTEXT, spare=spare, kind=held,
-        precision="fp32", constant=constant,
+        precision=precision, constant=constant,
     )  # fmt: skip
     runner.chunk = 16  # so that prompts of these tests are longer than a chunk
     return runner
@@ -271,3 +299,65 @@ def test_what_is_held_and_counted_is_told(subject: Subject) -> None:
 
 async def _both(engine: GenerationEngine) -> None:
     await asyncio.gather(answer(engine, request("a" * 30, "1")), answer(engine, request("bc", "2")))
+
+
+def test_a_generation_engine_keeps_the_border(subject: Subject) -> None:
+    runner = subject.runner(slots=1)
+    go_on, forward = threading.Event(), runner.forward
+
+    def held(decode: Sequence[Feed], prompts: Sequence[Feed]) -> torch.Tensor:
+        assert go_on.wait(60)
+        return forward(decode, prompts)
+
+    runner.forward = held  # type: ignore[method-assign]
+    engine = GenerationEngine("model/fake@1", runner, max_waiting=1)
+    asyncio.run(keeps_the_border(engine, lambda name: request("x", name), go_on))
+
+
+def test_a_prediction_engine_keeps_the_border() -> None:
+    go_on = threading.Event()
+
+    class Parrot:
+        def predict(self, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+            assert go_on.wait(60)
+            return [{"label": value} for value in inputs]
+
+    engine = PredictionEngine("model/fake@1", Parrot(), max_batch=1, max_waiting=1)
+    asyncio.run(keeps_the_border(engine, lambda name: PredictionRequest(name, ("x",)), go_on))
+
+
+async def keeps_the_border(
+    engine: Engine, asked: Callable[[str], Any], go_on: threading.Event
+) -> None:
+    """What `base.Engine` promises, of one with a place to run and one to wait.
+
+    Args:
+        asked: a request of the name.
+        go_on: until then the model computes.
+    """
+
+    async def events(name: str) -> list[Event]:
+        return [event async for event in engine.submit(asked(name))]
+
+    def held() -> tuple[int, int]:
+        return engine.stats().running, engine.stats().waiting
+
+    first, second = (asyncio.create_task(events(name)) for name in "12")
+    await asyncio.sleep(0.05)
+    assert held() == (1, 1)
+    [refused] = await events("3")
+    assert isinstance(refused, Failed) and (refused.status, refused.retry_after) == (503, 1)
+    engine.cancel("nobody")
+    second.cancel()
+    await asyncio.gather(second, return_exceptions=True)
+    assert held() == (1, 0)
+    third = asyncio.create_task(events("4"))  # in the place of who left
+    await asyncio.sleep(0.05)
+    go_on.set()
+    for said in await asyncio.gather(first, third):
+        assert isinstance(said[0], Started) and said[0].model == "model/fake@1"
+        assert [is_last(event) for event in said] == [False] * (len(said) - 1) + [True]
+        assert not isinstance(said[-1], Failed)
+    assert held() == (0, 0)
+    engine.check()
+    engine.close()

@@ -150,3 +150,8 @@ def test_stage_modules_load_without_the_training_stack() -> None:
     modules = ", ".join(stage.module for stage in STAGES)
     loaded = loaded_by(f"import {modules}")
     assert "pipelines" in loaded and loaded & HEAVY == set()
+
+
+def test_the_ingress_loads_without_a_model_stack() -> None:
+    loaded = loaded_by("import serving.ingress")
+    assert "fastapi" in loaded and loaded & HEAVY == {"ray"}

@@ -221,6 +221,25 @@ def test_products_that_leave_sixteen_bits_rule_out_8_bit_weights() -> None:
     assert loading._checked(Saturating, weight, "int8") is None
 
 
+@pytest.mark.parametrize(("precision", "kind"), [("int8", Int8), ("bf16", Packed)])
+def test_a_lower_precision_that_is_no_faster_is_not_taken(
+    precision: Any, kind: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = Shape(2, 4, 4, 64, 256, 1e-5, 512)
+    times = {"fp32": 2.0, precision: 1.0}
+
+    def timed(linear: Any, inputs: int) -> list[float]:
+        exact = not isinstance(linear, Int8) and linear._weight.dtype == torch.float32
+        return [times["fp32" if exact else precision]] * 3
+
+    monkeypatch.setattr(loading, "seconds", timed)
+    assert choose_kind(shape, precision, twice=False) == (precision, kind)
+    assert not caplog.text
+    times[precision] = 3.0
+    assert choose_kind(shape, precision, twice=False)[0] == "fp32"
+    assert f"{precision} is not faster than fp32 on this machine: fp32 it is" in caplog.text
+
+
 def test_a_cache_that_cannot_fit_is_refused_with_the_cure(folder: Path) -> None:
     with pytest.raises(CapacityError, match=r"x 128 tokens takes .* lower serve.max_concurrent"):
         open_runner(folder, 128, Options(slots=10**9))

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from cluster.errors import ServingError
 from cluster.storage import Artifact, Store
-from serving.engines import parity
+from serving.engines import loading, parity
 from serving.engines.fast import FastRunner
 from serving.engines.linear import Int8, Packed
-from serving.engines.loading import Options, open_runner
+from serving.engines.loading import Options, open_generation, open_runner
 from serving.replica import load_engine
 from tests import tiny_model
 
@@ -60,6 +60,15 @@ def tokenizer(folder: Path) -> None:
     vocabulary = tree["model"]["vocab"]
     vocabulary["d"], vocabulary["e"] = vocabulary["e"], vocabulary["d"]
     path.write_text(json.dumps(tree), "utf-8")
+
+
+def one_loud_column(folder: Path) -> None:
+    """Weights that meet an input of 0, and set the scale of all others of their row."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][0] = 0
+    tensors["model.layers.1.mlp.down_proj.weight"][:, 0] = 1e3
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -110,3 +119,32 @@ def test_lower_precisions_stay_within_their_bounds_and_damage_does_not(
     one_matrix(tmp_path)
     with pytest.raises(ServingError):
         parity.check("model/tiny@1", runner(), records)
+
+
+def test_a_model_that_8_bits_spoil_is_served_in_fp32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kinds: dict[Any, Any] = {"int8": Int8, "fp32": Packed}
+    # Whatever is fast here: the proof is what decides.
+    monkeypatch.setattr(
+        loading, "choose_kind", lambda _, precision, *, twice: (precision, kinds[precision])
+    )
+    tiny_model.write(tmp_path)
+    one_loud_column(tmp_path)
+    records = tiny_model.detail(tmp_path)["prompts"]
+    options = Options(slots=1, precision="int8")
+
+    def opened(records: Any) -> Any:
+        engine = open_generation(
+            "model/tiny@1", tmp_path, options, context_length=tiny_model.CONTEXT, records=records
+        )
+        engine.close()
+        return engine._runner
+
+    assert opened(()).precision == "int8" and "served unproved" in caplog.text
+    assert opened(records).precision == "fp32"
+    assert "int8 of model/tiny@1 leaves the bounds: fp32 it is" in caplog.text
+    # What fp32 does not answer either is not served.
+    one_matrix(tmp_path)
+    with pytest.raises(ServingError, match="apart"):
+        opened(records)

@@ -51,6 +51,10 @@ async def speak(request: Any) -> AsyncIterator[Event]:
     if isinstance(request.prompt, str) and "forever" in request.prompt:
         yield Tokens("a", (1,))
         await asyncio.sleep(60)
+    if isinstance(request.prompt, Chat) and "lang" in request.prompt.messages[-1]["content"]:
+        for line in range(60):
+            await asyncio.sleep(0.005)
+            yield Tokens(f"Zeile {line}\n", (line,))
     if isinstance(request.prompt, Chat):
         assert all(set(m) == {"role", "content"} for m in request.prompt.messages)
     for place, word in enumerate(WORDS):
@@ -118,6 +122,7 @@ def test_a_chat_goes_back_and_forth_and_can_be_stopped() -> None:
         await page.becomes("!at('tip').hidden")
         await page.picture(Path(PICTURES, "chat-wide.png"), 1200, 900)
         await page.picture(Path(PICTURES, "chat-phone.png"), 390, 900)
+        await follows_an_answer(page)
         await page.run("document.querySelector('[name=mode][value=text]').click()")
         await page.run("at('prompt').value = 'forever'; at('go').click()")
         await page.becomes("/a$/.test(at('output').innerText)")
@@ -128,12 +133,33 @@ def test_a_chat_goes_back_and_forth_and_can_be_stopped() -> None:
     assert page.problems == [] and gateway.open == 0
 
 
+async def follows_an_answer(page: Page) -> None:
+    """Its end and the buttons stay in view, unless the reader scrolled away."""
+    below = "document.documentElement.scrollHeight - scrollY - innerHeight"
+    await page.size(390, 844)
+    await page.run("at('prompt').value = 'lang'; at('go').click()")
+    await page.becomes("/Zeile 30/.test(at('talk').textContent)")
+    assert await page.run(below) < 60
+    assert await page.run("at('stop').getBoundingClientRect().bottom <= innerHeight")
+    await page.becomes("!running")
+    await page.run("at('prompt').value = 'lang'; at('go').click()")
+    await page.becomes(
+        "running && /Zeile 5/.test(document.querySelector('#talk').lastChild.innerText)"
+    )
+    await page.run("scrollTo(0, 0)")
+    await page.becomes("!running")
+    assert await page.run("scrollY") == 0
+
+
 def test_a_key_is_asked_for_and_images_are_classified() -> None:
     secret, key = new_key("page")
 
     async def scene(page: Page) -> None:
         await page.becomes("!at('access').hidden")
-        assert "give an API key" in await page.run("at('status').textContent")
+        assert "asks for an API key" in await page.run("at('status').textContent")
+        assert not await page.run("at('status').classList.contains('wrong')")
+        await page.run("at('key').value = 'wrong'; at('key').dispatchEvent(new Event('change'))")
+        await page.becomes("/not one of this service/.test(at('status').textContent)")
         await page.picture(Path(PICTURES, "key-wide.png"), 1000, 500)
         await page.run(f"at('key').value = '{secret}'")
         await page.run("at('key').dispatchEvent(new Event('change'))")
@@ -153,6 +179,6 @@ def test_a_key_is_asked_for_and_images_are_classified() -> None:
         await page.picture(Path(PICTURES, "image-phone.png"), 390, 900)
 
     page, gateway = visit(scene, keys=[key])
-    # The browser itself logs the 401 that came before there was a key.
-    assert len(page.problems) == 1 and "401" in page.problems[0]
+    # The browser itself logs the 401s that came before there was a right key.
+    assert len(page.problems) == 2 and all("401" in problem for problem in page.problems)
     assert set(gateway.asked[0].inputs[0]) == {"image"}

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cluster import loading
-from cluster.errors import ConfigError, HeliostatError
+from cluster.errors import ConfigError, HeliostatError, UsageError
 from cluster.registry import ARTIFACT_TAG, Registry, files_location, registry_uri
 from cluster.storage import Artifact, Store
+from serving import app, models
+from tests import fakes
 
 
 def model(store: Store, name: str = "demo") -> Artifact:
@@ -36,6 +39,25 @@ def test_the_alias_follows_the_newest_registration(database: Registry, tmp_path:
     assert database.resolve("demo", "champion") == first.id
     versions = database._client.search_model_versions("name = 'demo'")
     assert sorted(v.tags[ARTIFACT_TAG] for v in versions) == [first.id, second.id]
+
+
+def test_what_is_served_by_an_alias_is_deployed_by_its_version(
+    database: Registry, tmp_path: Path
+) -> None:
+    """The alias moves later; the deployment says what it was when it was made."""
+    store = Store(str(tmp_path))
+    detail = {"family": "causal_lm", "context_length": 8}
+    first, _ = (fakes.commit(store, "model", "voice", detail=detail) for _ in range(2))
+    database.register(first, "champion")
+    given = [f"registry.uri={database.uri}", "serve.models=[voice@champion]"]
+    config = fakes.config("gpt-demo", *given, root=tmp_path)
+    assert [served.artifact.id for served in models.chosen(config, store)] == ["model/voice@1"]
+    told = yaml.safe_load(app.write_config(config))["applications"][0]["deployments"]
+    engine = next(d for d in told if d["name"] == "voice")
+    assert engine["user_config"] == {"model": "model/voice@1"}
+    assert "champion" not in app.write_config(config)
+    with pytest.raises(UsageError, match="voice has no alias challenger: there is voice@1, voice@"):
+        models.resolve("voice@challenger", config, store)
 
 
 def test_aliases_are_independent(database: Registry, tmp_path: Path) -> None:

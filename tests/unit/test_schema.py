@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 
 from serving.classification import parse_classification, parse_form
-from serving.completion import Completion, parse_chat, parse_completion, parse_tokenize
+from serving.completion import (
+    _NEUTRAL,
+    HARMLESS,
+    Completion,
+    _ChatBody,
+    _CompletionBody,
+    parse_chat,
+    parse_completion,
+    parse_tokenize,
+)
 from serving.engines.base import Chat, SamplingParameters
 from serving.schema import Limits, RequestError
 
@@ -80,6 +89,17 @@ def test_fields_arrive() -> None:
         {"response_format": {"type": "json_object"}},
         {"tools": [{"type": "function"}]},
         {"chat_template": "{{ x }}"},
+        {"reasoning_effort": "low"},
+        {"parallel_tool_calls": True},
+        {"parallel_tool_calls": False},
+        {"service_tier": "priority"},
+        {"verbosity": "low"},
+        {"store": True},
+        {"moderation": {"model": "m"}},
+        {"guided_json": {"type": "object"}},
+        {"structured_outputs": {"regex": "a+"}},
+        {"use_beam_search": True},
+        {"continue_final_message": True},
     ],
 )
 def test_known_but_unsupported_fields_are_refused_by_name(fields: dict[str, Any]) -> None:
@@ -87,7 +107,25 @@ def test_known_but_unsupported_fields_are_refused_by_name(fields: dict[str, Any]
     with pytest.raises(RequestError) as caught:
         completion(**fields)
     assert (caught.value.status, caught.value.param) == (400, name)
-    assert name in caught.value.message
+    assert (name in caught.value.message, caught.value.code) == (True, "unsupported")
+    with pytest.raises(RequestError, match=name):
+        chat({"role": "user", "content": "a"}, **fields)
+
+
+def test_no_field_of_the_conventions_is_ignored_by_oversight() -> None:
+    """Every field that the official client can send is read, refused by name, or known to be
+    harmless."""
+    from openai.types import completion_create_params as completions
+    from openai.types.chat import completion_create_params as chats
+
+    bases = completions.CompletionCreateParamsBase, chats.CompletionCreateParamsBase
+    for base, schema in zip(bases, (_CompletionBody, _ChatBody), strict=True):
+        known = {*schema.model_fields, *_NEUTRAL, *HARMLESS}
+        assert set(base.__annotations__) - known == set()
+    labels = dict.fromkeys(HARMLESS, "a")
+    assert completion(**labels) == completion()
+    asks_nothing = {"reasoning_effort": "none", "service_tier": "auto", "store": False}
+    assert completion(**asks_nothing, verbosity="medium") == completion()
 
 
 @pytest.mark.parametrize(
@@ -225,6 +263,8 @@ def test_a_chat_is_messages_of_text() -> None:
         ([{"content": "a"}], {}, "messages"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "messages"),
         ([{"role": "user", "content": 3}], {}, "messages"),
+        ([{"role": "assistant", "tool_calls": [{"id": "1"}]}], {}, "messages"),
+        ([{"role": "assistant", "content": "a", "audio": {"id": "1"}}], {}, "messages"),
         ([{"role": "user", "content": "a"}], {"top_logprobs": 2}, "top_logprobs"),
         ([{"role": "user", "content": "a"}], {"logprobs": 2}, "logprobs"),
         ([{"role": "user", "content": "a"}], {"max_tokens": 0}, "max_tokens"),

@@ -1,7 +1,6 @@
 """`heliostat keys`, `heliostat chat` and `heliostat serve --write-config`."""
 
 import io
-import json
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -12,11 +11,15 @@ import pytest
 import yaml
 
 from cluster import cli, progress
+from cluster.errors import ConfigError, PortError, UsageError
 from cluster.storage import Store
+from serving import app
 from serving.auth import FORMAT, KeyFile, find, new_key
 from serving.engines.base import Chat, Event, Finished, GenerationRequest, Started, Tokens
 from tests import fakes
+from tests.ports import free_port
 from tests.scripted import application, listening
+from tests.strangers import odd_requests_get_nothing
 
 SECRET, KEY = new_key("a")
 
@@ -100,6 +103,32 @@ def test_the_serve_config_can_be_written_instead_of_deployed(
     ]  # fmt: skip
 
 
+def test_a_port_in_use_is_refused_before_any_work(tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        taken = fakes.config("gpt-demo", f"serve.port={port}", root=tmp_path)
+        with pytest.raises(PortError, match=f"port {port} on 127.0.0.1 is taken"):
+            app.check(taken)
+    app.check(taken)
+    with pytest.raises(PortError, match="not an address"):
+        app.check(fakes.config("gpt-demo", "serve.host=nowhere.invalid", root=tmp_path))
+
+
+def test_serving_nothing_names_the_stage_to_run_first(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="heliostat publish"):
+        app.run(fakes.config("gpt-demo", root=tmp_path))
+
+
+def test_a_service_for_the_network_needs_a_key(tmp_path: Path) -> None:
+    detail = {"family": "causal_lm", "context_length": 8}
+    fakes.commit(Store(str(tmp_path)), "model", "gpt-demo", detail=detail)
+    given = ("serve.host=0.0.0.0", f"serve.port={free_port()}")
+    with pytest.raises(ConfigError, match="heliostat keys create NAME"):
+        app.run(fakes.config("gpt-demo", *given, root=tmp_path))
+
+
 async def parrot(request: GenerationRequest) -> AsyncIterator[Event]:
     yield Started("model/gpt@3", 1)
     prompt = request.prompt
@@ -141,26 +170,4 @@ def test_a_chat_without_a_key_says_what_is_missing(
 
 def test_raw_requests_without_a_key_get_nothing(service: str) -> None:
     """Hosts and targets that no client library would send."""
-    port = int(service.rpartition(":")[2])
-    lines = [
-        b"GET /v1/models HTTP/1.1\r\nHost: a/?x=\r\n",
-        b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: /health\r\n",
-        b"GET /v1/models HTTP/1.0\r\n",
-        b"GET /v1/models HTTP/1.1\r\nHost:\r\n",
-        b"GET http://localhost/v1/models HTTP/1.1\r\nHost: localhost\r\n",
-        b"GET http://x/health?/v1/models HTTP/1.1\r\nHost: x/health\r\n",
-        b"GET /v1/models?/health HTTP/1.1\r\nHost: h/#\r\n",
-        b"GET /v1/models/..%2f..%2fhealth HTTP/1.1\r\nHost: h\r\n",
-        b"GET /health/../v1/models HTTP/1.1\r\nHost: h\r\n",
-        b"GET /v1/models HTTP/1.1\r\nHost: h\r\nX-Original-URL: /health\r\n",
-    ]
-    for line in lines:
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as wire:
-            wire.sendall(line + b"Connection: close\r\n\r\n")
-            answer = b"".join(iter(lambda: wire.recv(65536), b""))
-        head, _, body = answer.partition(b"\r\n\r\n")
-        status = int(head.split(b" ")[1])
-        harmless = status in (400, 401, 404) or body == b'{"status":"ok"}'
-        assert harmless and b"model/gpt@3" not in body, (line, answer)
-        if status == 401:
-            assert json.loads(body)["error"]["code"] == "invalid_api_key"
+    odd_requests_get_nothing(service)
