@@ -67,7 +67,7 @@ class Served:
         """A written config, with Ray's own command, as on a cluster."""
         file = self.folder / "serve.yaml"
         file.write_text(text, "utf-8")
-        command = [Path(sys.executable).with_name("serve"), "deploy", file]
+        command = [str(Path(sys.executable).with_name("serve")), "deploy", str(file)]
         address = os.environ | {"RAY_DASHBOARD_ADDRESS": f"http://{dashboard}", "NO_PROXY": "*"}
         done = subprocess.run(command, env=address, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
