@@ -5,6 +5,8 @@ rows. Training streams every partition through the steps that `prepare` would ha
 one: copies are found inside of a partition, not across the corpus.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,7 @@ from pipelines.data import contamination, documents, duplicates
 from pipelines.data.choice import is_heldout
 from pipelines.data.contamination import Evaluations
 from pipelines.data.corpus import Corpus, as_numpy
-from pipelines.data.sources import SourceFile
+from pipelines.data.sources import Reject, SourceFile
 from pipelines.families.base import Encoder, Row
 
 SAMPLE = 4
@@ -29,6 +31,7 @@ MOST_ROWS = 1 << ROW_BITS
 MOST_PASSES = 1 << 63 - 2 * ROW_BITS
 """Of all partitions in an epoch: what is left of a row's number."""
 _DRAW = 1
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,9 @@ def rows(
         against: evaluation sets of `data.decontaminate`.
     """
     data = config.data
-    table = documents.read(files, data, piece.partition).table
+    found = documents.read(files, data, piece.partition)
+    _tell(piece, found.leavings.rejects)
+    table = found.table
     if against is not None and data.kind == "text":
         table = contamination.screen(table, against, data.decontaminate.action).table
     digests = table.column("digest").to_pylist()
@@ -188,6 +193,16 @@ def rows(
         .append_column("id", pa.array(ids, pa.int64()))
         .replace_schema_metadata(None)
     )
+
+
+def _tell(piece: Piece, rejects: Sequence[Reject]) -> None:
+    """What cannot be read, in the log of the worker that met it, once: nobody collects it."""
+    if piece.epoch or not rejects:
+        return
+    first, reasons = rejects[0], Counter(reject.reason for reject in rejects)
+    counted = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    row = "" if first.row is None else f" row {first.row}"
+    log.warning("partition %d: %s; the first is %s%s", piece.partition, counted, first.file, row)
 
 
 def as_rows(table: pa.Table) -> list[Row]:

@@ -114,6 +114,22 @@ def test_rows_of_a_partition(docs: Path) -> None:
     assert sorted(later.column("id").to_pylist()) == sorted(tables[0].column("id").to_pylist())
 
 
+def test_what_a_stream_cannot_read_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [f'{{"text": "第{n}篇：line {n}"}}' for n in range(4)]
+    (tmp_path / "文.jsonl").write_text("\n".join([lines[0], "{broken", *lines[1:], "[1]"]), "utf-8")
+    config = fakes.config("gpt-demo", *SHORT, f"data.sources=[{tmp_path}]", "data.min_characters=1")
+    encoder = tokenizer.fit(config, sample(TEXTS))
+    (files,) = parts_of(tmp_path, config)
+    assert live.rows(files, Piece(0, 0), config, encoder).num_rows
+    (said,) = caplog.messages
+    assert "文.jsonl row 2" in said and "broken" not in said
+    assert sum(int(word) for word in said.split() if word.isdigit()) >= 2
+    live.rows(files, Piece(1, 0), config, encoder)
+    assert len(caplog.messages) == 1
+
+
 def test_rows_without_pieces_of_evaluation_sets(docs: Path, tmp_path_factory: Any) -> None:
     sets = tmp_path_factory.mktemp("sets") / "题.txt"
     sets.write_text("第3篇：定日镜跟随太阳，把光投向一点。line 3", encoding="utf-8")
