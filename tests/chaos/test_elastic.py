@@ -12,7 +12,7 @@ from cluster.journal import Journal
 from cluster.stages import resolved
 from cluster.storage import Store
 from pipelines.training.checkpoint import read_history
-from tests import gloo, ranks
+from tests import gloo, growing, ranks
 from tests.corpora import counting_corpus
 from tests.hunting import tiny
 from tests.shrinking import NAME, SETTINGS
@@ -70,3 +70,23 @@ def test_a_lost_node_shrinks_the_run(tmp_path: Path) -> None:
     assert [e.fields["workers"] for e in events if e.name == "launch"] == [2, 1]
     assert sum(event.name == "worker_lost" for event in events) == 1
     assert sum(event.name == "resharded" for event in events) == 1
+
+
+def test_a_node_that_comes_back_is_used_again(tmp_path: Path) -> None:
+    """Two workers, one, two: each from the last commit, every batch once and in order."""
+    config = tiny(tmp_path, *growing.SETTINGS)
+    counting_corpus(config, ragged=True)
+    command = [sys.executable, "-m", "tests.growing", str(tmp_path)]
+    environment = os.environ | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    store = Store(str(tmp_path))
+    finished = store.latest("checkpoint", growing.NAME)
+    assert finished is not None and finished.manifest.complete
+    assert growing.launches(store, growing.run_of(store)) == [2, 1, 2]
+    assert finished.manifest.detail["world_size"] == 2
+    rows = read_history(finished)
+    assert [row["batch"] for row in rows] == [float(n) for n in range(config.train.steps)]
+    events = Journal(store, finished.manifest.detail["run"]).events()
+    assert sum(event.name == "resharded" for event in events) == 2

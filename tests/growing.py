@@ -1,0 +1,78 @@
+"""`python -m tests.growing ROOT`: pretrain on two nodes, one of which is lost and comes back."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+from cluster.journal import Journal
+from cluster.storage import Store
+from tests.hunting import tiny
+
+NAME = "growing"
+SETTINGS = [
+    f"name={NAME}",
+    "train.workers=[1,2]",
+    "train.precision=fp32",
+    # Of a hundredth of a second: Ray counts a cluster's nodes every 20 s.
+    "train.steps=5000",
+    "train.checkpoint_every=250",
+]
+LOOK_SECONDS = 2.0
+"""Between Ray Train's looks for more devices: once a minute otherwise, by when this run would be
+over."""
+
+
+def main(root: str) -> None:
+    import ray.train
+    from ray.cluster_utils import Cluster
+
+    from pipelines import pretrain
+
+    ray.train.ScalingConfig = partial(  # type: ignore[misc]
+        ray.train.ScalingConfig, elastic_resize_monitor_interval_s=LOOK_SECONDS
+    )
+    store = Store(root)
+    # Without hooks at exit, which only the main thread may set: a node is added in another.
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1}, shutdown_at_exit=False)
+    second = nodes.add_node(num_cpus=1)
+    nodes.wait_for_nodes()
+
+    def lose_one_and_bring_it_back() -> None:
+        wait_for(lambda: store.latest("checkpoint", NAME) is not None)
+        # Asked for once: checkpoints go while they are looked at.
+        run = run_of(store)
+        nodes.remove_node(second, allow_graceful=False)
+        wait_for(lambda: launches(store, run)[1:] == [1])
+        nodes.add_node(num_cpus=1)
+
+    thread = threading.Thread(target=lose_one_and_bring_it_back, daemon=True)
+    thread.start()
+    try:
+        pretrain.run(tiny(root, *SETTINGS, f"ray.address={nodes.address}"))
+    finally:
+        thread.join()
+        nodes.shutdown()
+
+
+def run_of(store: Store) -> str:
+    made = store.latest("checkpoint", NAME)
+    assert made is not None
+    return str(made.manifest.detail["run"])
+
+
+def launches(store: Store, run: str) -> list[int]:
+    """Workers of each start of a run so far."""
+    events = Journal(store, run).events()
+    return [event.fields["workers"] for event in events if event.name == "launch"]
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 600
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
