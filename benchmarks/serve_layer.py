@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -94,6 +95,7 @@ def tiers(root: str) -> None:
     config = loading.load("gpt-demo", [f"storage.root={root}", "ray.cpus=4"])
     with session(config):
         import ray.serve
+        from serve_layer import EchoReplica  # by a name that replicas can import, too
 
         from serving.ingress import Ingress
 
@@ -177,6 +179,9 @@ async def answering(client: aiohttp.ClientSession, url: str) -> None:
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     with tempfile.TemporaryDirectory(prefix="hs-", ignore_cleanup_errors=True) as root:
         os.environ.setdefault("RAY_TMPDIR", root)
         spawn = multiprocessing.get_context("spawn")
