@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cluster import autoscaling
+from cluster.config import RunConfig
 from cluster.errors import HeliostatError
+from cluster.session import joined_address
 
 SETTLE_SECONDS = 5.0
 """Time that Ray gets to notice that the stage before has given its resources back."""
@@ -83,6 +86,13 @@ def live_resources() -> list[Mapping[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def reachable_resources(config: RunConfig) -> list[Mapping[str, float]]:
+    """The nodes that a run can have, those that the joined cluster's autoscaler may start included;
+    a Ray of our own starts none."""
+    may = autoscaling.growth() if joined_address(config) else autoscaling.Growth()
+    return autoscaling.reachable(live_resources(), may)
 
 
 def _free_room(*, gpu: bool) -> Room:

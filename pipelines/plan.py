@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import autoscaling, planner
+from cluster import planner
 from cluster.config import LlamaModel, RunConfig, TextData, TrainSection
 from cluster.errors import ArtifactError, UsageError
-from cluster.placement import live_resources
+from cluster.placement import reachable_resources
 from cluster.planner import Cost, Footprint, Machines, Verdict
 from cluster.session import joined_address, session
 from cluster.storage import Store
@@ -262,8 +262,8 @@ def _machines(config: RunConfig, nodes: str | None, price: float | None) -> Mach
     if nodes is None:
         if joined_address(config):
             with session(config):
-                nodes_there = autoscaling.reachable(live_resources(), autoscaling.growth())
-            return _priced(of_cluster(nodes_there, config.train, _cpu_flops), price)
+                there = reachable_resources(config)
+            return _priced(of_cluster(there, config.train, _cpu_flops), price)
         return this_machine(config.train)
     if nodes.endswith((".yaml", ".yml")):
         return _priced(of_launcher(Path(nodes)), price)

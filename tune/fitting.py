@@ -6,12 +6,11 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cluster import autoscaling, planner
+from cluster import planner
 from cluster.config import RunConfig
 from cluster.errors import UsageError
-from cluster.placement import live_resources
+from cluster.placement import reachable_resources
 from cluster.planner import Machines
-from cluster.session import joined_address
 from cluster.stages import flat, resolved
 from pipelines import families, plan
 from pipelines.data.corpus import Corpus
@@ -58,9 +57,7 @@ def fits(config: RunConfig, corpus: Corpus, workers: int, at_once: int) -> Fits:
     """
     train = config.train.model_copy(update={"workers": workers})
     try:
-        may = autoscaling.growth() if joined_address(config) else autoscaling.Growth()
-        nodes = autoscaling.reachable(live_resources(), may)
-        machines = plan.of_cluster(nodes, train, lambda train: None)
+        machines = plan.of_cluster(reachable_resources(config), train, lambda train: None)
     except UsageError:  # devices of several kinds, or of none that we know
         return everything_fits
     return Planned(corpus.facts, shared(machines, config, at_once))
