@@ -1,14 +1,12 @@
 """`python -m tests.growing ROOT`: pretrain on two nodes, one of which is lost and comes back."""
 
 import sys
-import threading
-import time
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from cluster.journal import Journal
 from cluster.storage import Store
-from tests.hunting import tiny
+from tests.shrinking import pretrain_on_two, wait_for
 
 NAME = "growing"
 SETTINGS = [
@@ -26,20 +24,13 @@ over."""
 
 def main(root: str) -> None:
     import ray.train
-    from ray.cluster_utils import Cluster
-
-    from pipelines import pretrain
 
     ray.train.ScalingConfig = partial(  # type: ignore[misc]
         ray.train.ScalingConfig, elastic_resize_monitor_interval_s=LOOK_SECONDS
     )
     store = Store(root)
-    # Without hooks at exit, which only the main thread may set: a node is added in another.
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1}, shutdown_at_exit=False)
-    second = nodes.add_node(num_cpus=1)
-    nodes.wait_for_nodes()
 
-    def lose_one_and_bring_it_back() -> None:
+    def lose_one_and_bring_it_back(nodes: Any, second: Any) -> None:
         wait_for(lambda: store.latest("checkpoint", NAME) is not None)
         # Asked for once: checkpoints go while they are looked at.
         run = run_of(store)
@@ -47,13 +38,7 @@ def main(root: str) -> None:
         wait_for(lambda: launches(store, run)[1:] == [1])
         nodes.add_node(num_cpus=1)
 
-    thread = threading.Thread(target=lose_one_and_bring_it_back, daemon=True)
-    thread.start()
-    try:
-        pretrain.run(tiny(root, *SETTINGS, f"ray.address={nodes.address}"))
-    finally:
-        thread.join()
-        nodes.shutdown()
+    pretrain_on_two(root, SETTINGS, lose_one_and_bring_it_back)
 
 
 def run_of(store: Store) -> str:
@@ -66,12 +51,6 @@ def launches(store: Store, run: str) -> list[int]:
     """Workers of each start of a run so far."""
     events = Journal(store, run).events()
     return [event.fields["workers"] for event in events if event.name == "launch"]
-
-
-def wait_for(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600
-    while not done() and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 if __name__ == "__main__":

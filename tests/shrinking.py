@@ -3,6 +3,8 @@
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from cluster.storage import Store
 from tests.hunting import tiny
@@ -17,28 +19,40 @@ SETTINGS = [
 ]
 
 
-def main(root: str) -> None:
+def pretrain_on_two(root: str, settings: Sequence[str], meddle: Callable[[Any, Any], None]) -> None:
+    """
+    Args:
+        meddle: called with the cluster and its second node while the run goes on.
+    """
     from ray.cluster_utils import Cluster
 
     from pipelines import pretrain
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    # Without hooks at exit, which only the main thread may set: another one may add a node.
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1}, shutdown_at_exit=False)
     second = nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
-
-    def lose_one() -> None:
-        deadline = time.monotonic() + 600
-        while Store(root).latest("checkpoint", NAME) is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        nodes.remove_node(second, allow_graceful=False)
-
-    thread = threading.Thread(target=lose_one, daemon=True)
+    thread = threading.Thread(target=meddle, args=(nodes, second), daemon=True)
     thread.start()
     try:
-        pretrain.run(tiny(root, *SETTINGS, f"ray.address={nodes.address}"))
+        pretrain.run(tiny(root, *settings, f"ray.address={nodes.address}"))
     finally:
         thread.join()
         nodes.shutdown()
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 600
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def main(root: str) -> None:
+    def lose_one(nodes: Any, second: Any) -> None:
+        wait_for(lambda: Store(root).latest("checkpoint", NAME) is not None)
+        nodes.remove_node(second, allow_graceful=False)
+
+    pretrain_on_two(root, SETTINGS, lose_one)
 
 
 if __name__ == "__main__":
