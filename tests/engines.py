@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from serving.engines import loading
 from serving.engines.base import (
     Event,
     GenerationRequest,
@@ -22,10 +24,18 @@ from serving.engines.base import (
     Tokens,
 )
 from serving.engines.generation import GenerationEngine
-from serving.engines.linear import Precision
-from serving.engines.runner import Feed, Runner
+from serving.engines.linear import Kind
+from serving.engines.runner import Feed, Precision, Runner
 from serving.engines.text import BytePieces, Pieces
 from serving.engines.tokenizer import PromptError
+
+
+def need(kind: Kind, precision: Precision) -> None:
+    """Skip where this machine has no right products of that kind: 8 bits take VNNI instructions,
+    packed bf16 those of AVX-512."""
+    if loading._checked(kind, torch.eye(64), precision) is None:
+        pytest.skip(f"this machine has no {precision} products")
+
 
 Logits = Callable[[Sequence[int]], torch.Tensor]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.engines.general import ends
-from serving.engines.linear import Kind, Precision
-from serving.engines.llama import LlamaStep, Shape, fold
-from serving.engines.runner import Feed
+from serving.engines.linear import Kind
+from serving.engines.llama import fold
+from serving.engines.runner import Feed, Precision
 from serving.engines.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -48,11 +48,9 @@ class FastRunner:
         tokenizer = Tokenizer(folder)
         self.encode, self.decode = tokenizer.encode, tokenizer.decode
         self.piece, self.pieces = tokenizer.piece, tokenizer.pieces
-        shape = Shape.of(model.config)
-        weights = fold(model, length, kind, precision)
-        self._step = LlamaStep(shape, weights, slots + spare, length)
+        self._step = fold(model, kind, precision, rows=slots + spare, length=length)
         self.slots, self.spare, self.context_length = slots, spare, length
-        self.vocabulary, self.end = shape.vocabulary, ends(model)
+        self.vocabulary, self.end = model.config.vocab_size, ends(model)
         self.precision: Precision = precision
         self.cache_bytes = self._step.cache.nbytes
         self.copy = self._step.copy

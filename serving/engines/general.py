@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serving.engines.linear import Precision
 from serving.engines.parity import TOLERANCE
-from serving.engines.runner import Feed
+from serving.engines.runner import Feed, Precision
 from serving.engines.together import Text, Together, joinable, mask
 from serving.engines.tokenizer import Tokenizer
 

@@ -3,126 +3,179 @@
 Generation reads every weight for every token, so the layout of the weights decides its speed. The
 operators that take prepacked weights are private to PyTorch: they are probed when a model is
 loaded, and what does not run there, or is no faster, is not used.
+
+All of this is written in what TorchScript understands: see `llama_step`.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Callable, Sequence
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
-Precision = Literal["fp32", "bf16", "int8"]
+from serving.engines.runner import Precision
+
 PROBED_ROWS = (1, 8, 32)
 """Batch sizes at which the ways are timed."""
+TRIALS = 10
+"""Take 40 ms in all at a width of 384, 1.5 s at 2,048."""
 SAME = {"fp32": 1e-5, "bf16": 2e-2, "int8": 5e-2}
 """Largest error of a product that counts as rounding, relative to the largest result."""
+Parameters = tuple[Tensor, Tensor | None]
+"""Weight [out, in], and bias [out]."""
 
 
-class Linear(Protocol):
-    """y = x W^T + b for x [rows, in], with what follows it in the same pass where that is free."""
+class Linear(nn.Module):
+    """y = x W^T + b for x [rows, in]; fp32 [rows, out]."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """fp32 [rows, out]."""
-        ...
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.bias = bias
 
-    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """y + other, fp32."""
-        ...
+    @classmethod
+    def gated(cls, gate: Parameters, up: Parameters) -> nn.Module:
+        """A module that computes silu(gate(x)) * up(x)."""
+        raise NotImplementedError
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """y + other, in the same pass where that is free."""
+        raise NotImplementedError
 
 
-class Plain:
+Kind = type[Linear]
+"""A way to hold weights."""
+
+
+class Plain(Linear):
     """PyTorch's own product, in the weight's precision; on any device."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        import torch.nn.functional
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self.weight = weight
 
-        self._product = torch.nn.functional.linear
-        self._silu = torch.nn.functional.silu
-        self._weight, self._bias = weight, bias
+    @classmethod
+    def gated(cls, gate: Parameters, up: Parameters) -> nn.Module:
+        return _PlainGate(cls(*gate), cls(*up))
 
-    def _raw(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product(x.to(self._weight.dtype), self._weight, self._bias)
+    def raw(self, x: Tensor) -> Tensor:
+        return functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._raw(x).float()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.raw(x).float()
 
-    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return other + self._raw(x)
-
-    def gated(self, x: torch.Tensor, up: Plain) -> torch.Tensor:
-        return self._silu(self._raw(x)).mul_(up._raw(x))
+    @torch.jit.export
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return other + self.raw(x)
 
 
-class Packed:
+class _PlainGate(nn.Module):
+    def __init__(self, gate: Plain, up: Plain) -> None:
+        super().__init__()
+        self.gate, self.up = gate, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.silu(self.gate.raw(x)).mul_(self.up.raw(x))
+
+
+class Packed(Linear):
     """oneDNN's product with weights in its blocked layout, fp32 or bf16."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        import torch
-
-        self._dtype = weight.dtype
-        self._exact = weight.dtype == torch.float32
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self.exact, self.dtype = weight.dtype == torch.float32, weight.dtype
         # 1.9 to 3.1x of the plain product at 8 rows in fp32, measured on AMD.
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._bias = bias
-        self._product = torch.ops.mkldnn._linear_pointwise.default
-        self._combined = torch.ops.mkldnn._linear_pointwise.binary
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
-    def _raw(self, x: torch.Tensor, after: str = "none") -> torch.Tensor:
-        return self._product(x.to(self._dtype), self._weight, self._bias, after, [], "")
+    @classmethod
+    def gated(cls, gate: Parameters, up: Parameters) -> nn.Module:
+        return _PackedGate(cls(*gate), cls(*up))
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._raw(x).float()
+    def raw(self, x: Tensor, after: str) -> Tensor:
+        """
+        Args:
+            after: what follows in the same pass: none, swish.
+        """
+        return torch.ops.mkldnn._linear_pointwise(
+            x.to(self.dtype), self.weight, self.bias, after, [], ""
+        )
 
-    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        if self._exact:
-            return self._combined(x, other, self._weight, self._bias, "add")
-        return other + self._raw(x)
+    def with_other(self, x: Tensor, other: Tensor, how: str) -> Tensor:
+        """
+        Args:
+            other: of the weights' precision.
+            how: it is joined in the same pass: add, mul.
+        """
+        return torch.ops.mkldnn._linear_pointwise(
+            x.to(self.dtype), other, self.weight, self.bias, how
+        )
 
-    def gated(self, x: torch.Tensor, up: Packed) -> torch.Tensor:
-        x = x.to(self._dtype)
-        return up._combined(x, self._raw(x, "swish"), up._weight, up._bias, "mul")
+    def forward(self, x: Tensor) -> Tensor:
+        return self.raw(x, "none").float()
+
+    @torch.jit.export
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        if self.exact:
+            return self.with_other(x, other, "add")
+        return other + self.raw(x, "none")
 
 
-class Both(Packed):
+class _PackedGate(nn.Module):
+    def __init__(self, gate: Packed, up: Packed) -> None:
+        super().__init__()
+        self.gate, self.up = gate, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up.with_other(x, self.gate.raw(x, "swish"), "mul")
+
+
+class Both(Linear):
     """fp32 twice: packed for several rows, and transposed for one.
 
     For one row a product takes as long as its weights take to be read, and MKL reads a transposed
     matrix as fast as memory gives it. Costs the weights' memory again.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        import torch
-
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
-        self._transposed = weight.t().contiguous()
-        self._mm, self._addmm, self._silu = torch.mm, torch.addmm, torch.nn.functional.silu
+        self.packed = Packed(weight, bias)
+        self.transposed = weight.t().contiguous()
 
-    def _one(self, x: torch.Tensor) -> torch.Tensor:
-        if self._bias is None:
-            return self._mm(x, self._transposed)
-        return self._addmm(self._bias, x, self._transposed)
+    @classmethod
+    def gated(cls, gate: Parameters, up: Parameters) -> nn.Module:
+        return _BothGate(cls(*gate), cls(*up))
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._one(x) if x.shape[0] == 1 else super().__call__(x)
-
-    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] > 1:
-            return super().plus(x, other)
-        if self._bias is not None:
-            other = other + self._bias
-        return self._addmm(other, x, self._transposed)
+            return self.packed(x)
+        y = torch.mm(x, self.transposed)
+        return y if self.bias is None else y.add_(self.bias)
 
-    def gated(self, x: torch.Tensor, up: Both) -> torch.Tensor:  # type: ignore[override]
+    @torch.jit.export
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
         if x.shape[0] > 1:
-            return super().gated(x, up)
-        return self._silu(self._one(x), inplace=True).mul_(up._one(x))
+            return self.packed.plus(x, other)
+        y = torch.addmm(other, x, self.transposed)
+        return y if self.bias is None else y.add_(self.bias)
 
 
-class Int8:
+class _BothGate(nn.Module):
+    def __init__(self, gate: Both, up: Both) -> None:
+        super().__init__()
+        self.gate, self.up = gate, up
+        self.packed = _PackedGate(gate.packed, up.packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            return self.packed(x)
+        return functional.silu(self.gate(x), inplace=True).mul_(self.up(x))
+
+
+class Int8(Linear):
     """8-bit weights with a scale per output, 8-bit inputs with a scale per row.
 
     The operator that PyTorch offers for this takes one scale for the whole batch, so that a row's
@@ -130,63 +183,84 @@ class Int8:
     integer product is exact, and a request's tokens depend on nothing but the request.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        import torch
-
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
         scales = (weight.abs().amax(1).clamp_(min=1e-12) / 127).double()
         zeros = torch.zeros(len(scales), dtype=torch.long)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the type is to go in a later release
             held = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        self._weight = torch.ops.quantized.linear_prepack(held, None)
-        self._bias = bias
-        self._product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        self._silu = torch.nn.functional.silu
-        self._addcmul = torch.addcmul
-        self._step, self._middle = 1 / 127, 127
+        self.weight = torch.ops.quantized.linear_prepack(held, None)
 
-    def _scaled(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x with values from -1 to 1, and each row's largest absolute value."""
-        largest = x.abs().amax(-1, True).clamp_(min=1e-12)  # `vector_norm` takes five times as long
-        return x / largest, largest
+    @classmethod
+    def gated(cls, gate: Parameters, up: Parameters) -> nn.Module:
+        return _Int8Gate(cls(*_joined(gate, up)), len(gate[0]))
 
-    def _raw(self, x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self._product(x, self._step, self._middle, self._weight)
-        y = y.mul_(largest)
-        return y if self._bias is None else y.add_(self._bias)
+    def product(self, x: Tensor) -> Tensor:
+        """For x with values from -1 to 1; without the bias."""
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x, 1 / 127, 127, self.weight
+        )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._raw(*self._scaled(x))
+    def forward(self, x: Tensor) -> Tensor:
+        largest = _largest(x)
+        y = self.product(x / largest).mul_(largest)
+        return y if self.bias is None else y.add_(self.bias)
 
-    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        x, largest = self._scaled(x)
-        y = self._addcmul(other, self._product(x, self._step, self._middle, self._weight), largest)
-        return y if self._bias is None else y.add_(self._bias)
-
-    def gated(self, x: torch.Tensor, up: Int8) -> torch.Tensor:
-        scaled = self._scaled(x)
-        return self._silu(self._raw(*scaled), inplace=True).mul_(up._raw(*scaled))
+    @torch.jit.export
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        largest = _largest(x)
+        y = torch.addcmul(other, self.product(x / largest), largest)
+        return y if self.bias is None else y.add_(self.bias)
 
 
-Kind = type[Plain] | type[Packed] | type[Both] | type[Int8]
+class _Int8Gate(nn.Module):
+    """One product for both: the scaling of its input and the start of a product count here."""
+
+    def __init__(self, joined: Int8, width: int) -> None:
+        super().__init__()
+        self.joined, self.width = joined, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.joined(x)
+        return functional.silu(y[:, : self.width]).mul_(y[:, self.width :])
 
 
-def converted(weight: torch.Tensor, precision: Precision) -> torch.Tensor:
+def _joined(gate: Parameters, up: Parameters) -> Parameters:
+    weight = torch.cat([gate[0], up[0]])
+    if gate[1] is None and up[1] is None:
+        return weight, None
+    biases = [torch.zeros(len(w)) if bias is None else bias.float() for w, bias in (gate, up)]
+    return weight, torch.cat(biases)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Each row's largest absolute value; `vector_norm` takes five times as long."""
+    return x.abs().amax(-1, True).clamp_(min=1e-12)
+
+
+def converted(weight: Tensor, precision: Precision) -> Tensor:
     return weight.bfloat16() if precision == "bf16" else weight.float()
 
 
-def seconds(linear: Callable[[torch.Tensor], torch.Tensor], inputs: int) -> list[float]:
-    """Of one product at each of the probed batch sizes, the best of a few."""
-    import torch
+def seconds(linears: Sequence[Callable[[Tensor], Tensor]], inputs: int) -> list[list[float]]:
+    """Of one product, by way and probed batch size: the best of some.
 
-    found = []
-    for rows in PROBED_ROWS:
-        x = torch.ones(rows, inputs)
-        linear(x)
-        times = []
-        for _ in range(9):
-            began = time.perf_counter()
-            linear(x)
-            times.append(time.perf_counter() - began)
-        found.append(min(times))
-    return found
+    On one thread and in turns. Where other processes take a core, two threads that wait for each
+    other can be held up in each of a way's trials, and the replica would keep the slower way for as
+    long as it lives.
+    """
+    best = [[math.inf] * len(PROBED_ROWS) for _ in linears]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for column, rows in enumerate(PROBED_ROWS):
+            x = torch.ones(rows, inputs)
+            for _ in range(TRIALS):
+                for linear, times in zip(linears, best, strict=True):
+                    began = time.perf_counter()
+                    linear(x)
+                    times[column] = min(times[column], time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return best

@@ -22,12 +22,11 @@ from serving.engines.linear import (
     Kind,
     Packed,
     Plain,
-    Precision,
     converted,
     seconds,
 )
 from serving.engines.llama import Shape, fits
-from serving.engines.runner import Runner
+from serving.engines.runner import Precision, Runner
 
 Asked = Literal["auto", "fp32", "bf16", "int8"]
 TWICE = 0.05
@@ -203,15 +202,13 @@ def choose_kind(shape: Shape, precision: Precision, *, twice: bool) -> tuple[Pre
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4 * shape.hidden, shape.hidden, generator=generator) * shape.hidden**-0.5
-    times: dict[tuple[Precision, Kind], list[float]] = {}
     candidates: list[tuple[Precision, Kind]] = [("fp32", Packed), ("fp32", Plain)]
     candidates += [("fp32", Both)] if twice else []
     if precision != "fp32":
         candidates += [(precision, Int8)] if precision == "int8" else [("bf16", Packed)]
-    for held, kind in candidates:
-        linear = _checked(kind, weight, held)
-        if linear is not None:
-            times[held, kind] = seconds(linear, shape.hidden)
+    right = {(held, kind): _checked(kind, weight, held) for held, kind in candidates}
+    right = {pair: linear for pair, linear in right.items() if linear is not None}
+    times = dict(zip(right, seconds(list(right.values()), shape.hidden), strict=True))
     plain = times["fp32", Plain]
     packed = times.get(("fp32", Packed), [math.inf])
     # What other processes do at this moment must not decide between equals.

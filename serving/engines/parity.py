@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.errors import ServingError
-from serving.engines.linear import Precision
-from serving.engines.runner import Feed, Runner
+from serving.engines.runner import Feed, Precision, Runner
 
 TOLERANCE: Mapping[Precision, float] = {"fp32": 1e-3, "bf16": 0.25, "int8": 0.5}
 """Largest difference of a logit that counts as rounding, relative to the logits' standard

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from serving.engines.base import Prompt
-from serving.engines.linear import Precision
 from serving.engines.text import Pieces
 
 if TYPE_CHECKING:
     import torch
+
+Precision = Literal["fp32", "bf16", "int8"]
+"""In which weights are held and multiplied; everything between the products is fp32."""
 
 
 @dataclass(frozen=True)

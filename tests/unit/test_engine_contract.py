@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from serving.engines import loading
 from serving.engines.base import (
     Engine,
     Event,
@@ -39,6 +38,7 @@ from tests.engines import (
     answer,
     greedy,
     ids_of,
+    need,
     reference_of,
     request,
     run,
@@ -77,8 +77,7 @@ def subject(request: pytest.FixtureRequest, folder: Path) -> Subject:
     if request.param == "table":
         return Subject(TableRunner, table)
     precision, kind = KINDS.get(request.param, ("fp32", Plain))
-    if loading._checked(kind, torch.eye(64), precision) is None:
-        pytest.skip(f"this machine has no {precision} products")
+    need(kind, precision)
     opened = partial(_opened, request.param, folder)
     if precision == "fp32":
         return Subject(opened, reference_of(folder))

@@ -1,5 +1,6 @@
 """The fast path against the models' own code, and the ways to hold weights."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,14 @@ import pytest
 import torch
 
 from cluster.errors import CapacityError
-from serving.engines import loading
+from serving.engines import linear, loading
 from serving.engines.fast import FastRunner
 from serving.engines.linear import SAME, Both, Int8, Packed, Plain, converted
 from serving.engines.llama import Shape, fits
 from serving.engines.loading import Options, choose_kind, open_runner
 from serving.engines.runner import Feed
 from tests import tiny_model
+from tests.engines import need
 
 SIZE: dict[str, Any] = {
     "vocab_size": 257,
@@ -124,19 +126,20 @@ def test_what_this_code_does_not_compute_is_left_to_the_models_own(unfit: Any) -
 def test_products_and_what_is_fused_with_them_are_right(
     kind: Any, precision: Any, rows: int
 ) -> None:
+    need(kind, precision)
     torch.manual_seed(0)
     x, other = torch.randn(rows, 48), torch.randn(rows, 80)
     weight, up, bias = torch.randn(80, 48), torch.randn(80, 48), torch.randn(80)
     held = bias.bfloat16() if precision == "bf16" else bias
     with torch.inference_mode():
         one = kind(converted(weight, precision), held)
-        two = kind(converted(up, precision), None)
+        both = kind.gated((converted(weight, precision), held), (converted(up, precision), None))
         exact = x @ weight.T + bias
         gated = torch.nn.functional.silu(exact) * (x @ up.T)
         for found, expected in (
             (one(x), exact),
             (one.plus(x, other), exact + other),
-            (one.gated(x, two), gated),
+            (both(x), gated),
         ):
             apart = (found.float() - expected).abs().max() / expected.abs().max()
             assert float(apart) < SAME[precision]
@@ -149,6 +152,7 @@ def test_products_and_what_is_fused_with_them_are_right(
 def test_a_reply_does_not_depend_on_its_neighbours(kind: Any, precision: Any, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
+    need(kind, precision)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     quiet, loud = (runner_of(model, folder, kind, precision) for _ in range(2))
     for runner, others in ((quiet, [1, 1, 1]), (loud, [200, 9, 77])):
@@ -209,12 +213,53 @@ def test_the_weights_are_held_by_what_is_right_and_fast_here(folder: Path) -> No
         open_runner(folder, 128, Options(slots=1, precision="fp64"))  # type: ignore[arg-type]
 
 
+def test_the_ways_are_timed_on_one_thread_and_in_turns() -> None:
+    """On two, a process that takes a core now and then had the slower way chosen for good."""
+    threads, order = torch.get_num_threads(), []
+
+    def way(name: str, rest: float) -> Any:
+        def product(x: torch.Tensor) -> torch.Tensor:
+            order.append((name, len(x), torch.get_num_threads()))
+            time.sleep(rest)
+            return x
+
+        return product
+
+    slow, fast = linear.seconds([way("slow", 0.004), way("fast", 0.0)], 8)
+    assert all(one > other for one, other in zip(slow, fast, strict=True))
+    assert [name for name, _, _ in order[:4]] == ["slow", "fast", "slow", "fast"]
+    assert {rows for _, rows, _ in order} == set(linear.PROBED_ROWS)
+    assert {count for _, _, count in order} == {1}
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("kind", "precision"), [(Plain, "bf16"), (Both, "fp32"), (Int8, "int8")])
+def test_the_compiled_pass_is_the_one_that_stands_there(
+    kind: Any, precision: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    compiled = runner_of(model, folder, kind, precision)
+    assert isinstance(compiled._step._pass, torch.jit.ScriptModule)
+
+    def gone(module: Any) -> Any:
+        raise AttributeError("no attribute 'script'")
+
+    monkeypatch.setattr(torch.jit, "script", gone)
+    plain = runner_of(model, folder, kind, precision)
+    assert not isinstance(plain._step._pass, torch.jit.ScriptModule)
+    ids = list(range(40, 75))
+    assert torch.equal(logits_of(compiled, ids), logits_of(plain, ids))
+
+
 def test_products_that_leave_sixteen_bits_rule_out_8_bit_weights() -> None:
     """As on CPUs that add products of 8 bits up in 16."""
+    need(Int8, "int8")
 
     class Saturating(Int8):
-        def __call__(self, x: torch.Tensor) -> torch.Tensor:
-            return super().__call__(x).clamp(max=100)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).clamp(max=100)
 
     weight = torch.randn(64, 256) * 256**-0.5
     assert isinstance(loading._checked(Int8, weight, "int8"), Int8)
@@ -225,12 +270,13 @@ def test_products_that_leave_sixteen_bits_rule_out_8_bit_weights() -> None:
 def test_a_lower_precision_that_is_no_faster_is_not_taken(
     precision: Any, kind: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    need(kind, precision)
     shape = Shape(2, 4, 4, 64, 256, 1e-5, 512)
     times = {"fp32": 2.0, precision: 1.0}
 
-    def timed(linear: Any, inputs: int) -> list[float]:
-        exact = not isinstance(linear, Int8) and linear._weight.dtype == torch.float32
-        return [times["fp32" if exact else precision]] * 3
+    def timed(linears: list[Any], inputs: int) -> list[list[float]]:
+        exact = [not isinstance(one, Int8) and one.weight.dtype == torch.float32 for one in linears]
+        return [[times["fp32" if one else precision]] * 3 for one in exact]
 
     monkeypatch.setattr(loading, "seconds", timed)
     assert choose_kind(shape, precision, twice=False) == (precision, kind)

@@ -17,6 +17,7 @@ from serving.engines.linear import Int8, Packed
 from serving.engines.loading import Options, open_generation, open_runner
 from serving.replica import load_engine
 from tests import tiny_model
+from tests.engines import need
 
 OPTIONS = {"slots": 2, "max_waiting": 1, "threads": 1}
 
@@ -105,6 +106,7 @@ def test_lower_precisions_stay_within_their_bounds_and_damage_does_not(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
+    need(kind, precision)
     tiny_model.write(tmp_path)
     records = tiny_model.detail(tmp_path)["prompts"]
 
