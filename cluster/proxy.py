@@ -29,6 +29,11 @@ GUARD: Mapping[str, str] = {
     # It prints a warning for each request that a client gave up.
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
+PRIORITY: Mapping[str, str] = {
+    # A model's threads take the lowest priority of all, and Ray's 15 is hardly above it: where steps
+    # filled the cores, what takes calls in needed seconds to refuse one.
+    "RAY_worker_niceness": "5",
+}
 LONGEST_FOLDER = 26
 STATS_PORT, METRICS_PORT = 8404, 9101
 """Where Serve's HAProxy shows its counters; others where these are taken."""
@@ -42,7 +47,7 @@ def environment(config: ServeSection) -> dict[str, str]:
     HAProxy's sockets lie in a folder of this user: they are open to everyone who can reach them,
     and Serve's own place for them is one in /tmp that anyone may have made before.
     """
-    wanted = {**GUARD, **PATIENCE}
+    wanted = {**GUARD, **PATIENCE, **PRIORITY}
     if config.haproxy:
         folder = _private_folder()
         wanted |= SWITCHES

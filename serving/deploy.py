@@ -154,8 +154,9 @@ def _engine(config: ServeSection, served: Served, shape: Shape) -> dict[str, Any
     return {
         "name": served.card.id,
         **_replicas(config),
-        # The engine refuses by itself; Serve must not queue in front of it unseen.
-        "max_ongoing_requests": capacity + config.max_concurrent,
+        # The engine refuses by itself, at once; calls beyond a bound of Serve's would wait in front
+        # of it, to be refused after all.
+        "max_ongoing_requests": INGRESS_REQUESTS,
         "max_queued_requests": config.most_replicas * capacity + config.max_concurrent,
         "max_constructor_retry_count": 2,
         "max_surge_percent": config.max_surge_percent,

@@ -174,7 +174,8 @@ def threads(config: RunConfig) -> int:
 
 
 def runner(config: RunConfig) -> tuple[str, int, int]:
-    """Of the loaded engine: precision, tokens of a row, rows for prefixes; where int8 is right and fast."""
+    """Of the loaded engine, as if int8 were right and fast: precision, tokens of a row, rows for
+    prefixes."""
     model = tiny_model.publish(open_store(config), Path("tiny"))
     with patched() as patch:
         patch.setattr(loading.parity, "check", lambda *_: None)

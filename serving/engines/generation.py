@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +44,9 @@ from serving.engines.tokenizer import PromptError
 
 if TYPE_CHECKING:
     import torch
+
+LAST = 19
+"""Lowest priority of a thread; to take a lower one is always allowed."""
 
 
 @dataclass
@@ -256,6 +261,7 @@ class GenerationEngine:
     # --- on the engine's own thread
 
     def _work(self) -> None:
+        _step_back()
         try:
             while self._wait_for_work():
                 self._step()
@@ -371,6 +377,16 @@ class GenerationEngine:
     def _likelihood(self, token: int, logprob: float | None) -> Likelihood:
         text, raw = self._runner.piece(token)
         return Likelihood(token, text, raw, logprob)
+
+
+def _step_back() -> None:
+    """Let what takes calls in, or refuses them, go before this thread and its computing threads.
+
+    Steps fill the cores for as long as anybody asks; a call needs little of one, and at once. Ray
+    starts all its workers at a niceness of 15, so that the rest of the scale is what there is.
+    """
+    if sys.platform == "linux":  # where a priority is a thread's own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST)
 
 
 def _chunk_feed(chunk: Chunk, sequence: _Sequence) -> Feed:

@@ -7,11 +7,12 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from functools import partialmethod
 from typing import Any
 
+import aiohttp
 import httpx
 import pytest
 
@@ -81,11 +82,15 @@ async def steady(url: str, ask: Callable[..., Awaitable[None]], rate: float, see
     async with httpx.AsyncClient(
         base_url=url, timeout=40, trust_env=False, limits=limits
     ) as client:
-        tasks, ends = [], time.monotonic() + SECONDS
-        while time.monotonic() < ends:
-            tasks.append(asyncio.create_task(ask(client, seen)))
-            await asyncio.sleep(1 / rate)
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        await at_rate(lambda: ask(client, seen), rate, seen)
+
+
+async def at_rate(ask: Callable[[], Coroutine[Any, Any, None]], rate: float, seen: Seen) -> None:
+    tasks, ends = [], time.monotonic() + SECONDS
+    while time.monotonic() < ends:
+        tasks.append(asyncio.create_task(ask()))
+        await asyncio.sleep(1 / rate)
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     seen.wrong += [repr(one) for one in outcomes if isinstance(one, BaseException)]
 
 
@@ -186,21 +191,30 @@ def test_fifty_clients_that_vanish_free_their_places_within_a_second(served: Ser
 def test_ten_times_the_load_is_answered_or_refused_at_once(served: Served) -> None:
     seen, slow = Seen(), list[float]()
 
-    async def heavy(client: httpx.AsyncClient, seen: Seen) -> None:
+    async def heavy(client: aiohttp.ClientSession, seen: Seen) -> None:
         began = time.monotonic()
         body = {"model": "tiny", "prompt": "a", "max_tokens": 100, "temperature": 0}
-        answer = await client.post("/v1/completions", json=body)
-        seen.statuses[answer.status_code] += 1
-        if answer.status_code in (429, 503):
-            assert answer.headers["retry-after"] and answer.json()["error"]["message"]
-            slow.append(time.monotonic() - began)
+        async with client.post(f"{served.url}/v1/completions", json=body) as answer:
+            seen.statuses[answer.status] += 1
+            if answer.status in (429, 503):
+                told = await answer.json()
+                assert answer.headers["retry-after"] and told["error"]["message"]
+                slow.append(time.monotonic() - began)
 
-    asyncio.run(steady(served.url, heavy, 150, seen))
+    async def all_of_them() -> None:
+        # Not httpx: at this rate it takes a core for itself and measures its own backlog.
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(40)
+        ) as client:
+            await at_rate(lambda: heavy(client, seen), 150, seen)
+
+    asyncio.run(all_of_them())
     slow.sort()
-    late = slow[len(slow) * 99 // 100] if slow else 0.0
-    print(dict(seen.statuses), f"refused within {late:.2f} s (p99)")
+    middle, late = (slow[len(slow) * n // 100] if slow else 0.0 for n in (50, 99))
+    print(dict(seen.statuses), f"refused within {middle:.2f} s (p50), {late:.2f} s (p99)")
     assert set(seen.statuses) <= {200, 429, 503} and not seen.wrong
     assert seen.statuses[200] > 100 and seen.statuses[503] > 100
+    assert late < 3  # 0.2 to 0.9 where two cores are shared with three replicas and the clients
     assert until(lambda: served.complete().status_code == 200, 10)
 
 

@@ -1,6 +1,8 @@
 """The generation engine around a scripted model: ends, refusals, faults."""
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -132,6 +134,22 @@ def test_the_queue_refuses_with_503_and_a_closed_iterator_frees_its_slot() -> No
     # The cancelled one took the step that it was in and no other.
     assert runner.steps <= 1 + 4
     engine.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a priority is a thread's own on Linux only")
+def test_what_computes_lets_the_rest_of_the_process_go_first() -> None:
+    found: list[tuple[int, int]] = []
+
+    class Looking(TableRunner):
+        def forward(self, decode: Sequence[Feed], prompts: Sequence[Feed]) -> torch.Tensor:
+            thread = threading.get_native_id()
+            found.append((thread, os.getpriority(os.PRIO_PROCESS, thread)))
+            return super().forward(decode, prompts)
+
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    run(Looking(), request("def ", max_tokens=2))
+    assert found and {priority for _, priority in found} == {generation.LAST}
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 def test_a_fault_reaches_the_caller_and_the_health_check() -> None:
