@@ -30,8 +30,8 @@ GUARD: Mapping[str, str] = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 PRIORITY: Mapping[str, str] = {
-    # A model's threads take the lowest priority of all, and Ray's 15 is hardly above it: where steps
-    # filled the cores, what takes calls in needed seconds to refuse one.
+    # A model's threads take the lowest priority of all, and Ray's 15 is hardly above it: where
+    # steps filled the cores, what takes calls in needed seconds to refuse one.
     "RAY_worker_niceness": "5",
 }
 LONGEST_FOLDER = 26
