@@ -13,7 +13,7 @@ from cluster.config import ServeSection
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [*os.environ]:
-        if name.startswith("RAY_SERVE"):
+        if name.startswith(("RAY_SERVE", "RAY_worker")):
             monkeypatch.delenv(name)
 
 
