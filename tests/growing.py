@@ -1,9 +1,11 @@
 """`python -m tests.growing ROOT`: pretrain on two nodes, one of which is lost and comes back."""
 
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from cluster.errors import ArtifactError
 from cluster.journal import Journal
 from cluster.storage import Store
 from tests.shrinking import pretrain_on_two, wait_for
@@ -36,6 +38,8 @@ def main(root: str) -> None:
         run = run_of(store)
         nodes.remove_node(second, allow_graceful=False)
         wait_for(lambda: launches(store, run)[1:] == [1])
+        # Where the node came back before, the two would go on from what two have committed.
+        wait_for(lambda: committed_by_one(store))
         nodes.add_node(num_cpus=1)
 
     pretrain_on_two(root, SETTINGS, lose_one_and_bring_it_back)
@@ -45,6 +49,13 @@ def run_of(store: Store) -> str:
     made = store.latest("checkpoint", NAME)
     assert made is not None
     return str(made.manifest.detail["run"])
+
+
+def committed_by_one(store: Store) -> bool:
+    with suppress(ArtifactError):  # the last but one goes while it is looked at
+        made = store.latest("checkpoint", NAME)
+        return made is not None and made.manifest.detail["world_size"] == 1
+    return False
 
 
 def launches(store: Store, run: str) -> list[int]:
