@@ -382,8 +382,8 @@ class GenerationEngine:
 def _step_back() -> None:
     """Let what takes calls in, or refuses them, go before this thread and its computing threads.
 
-    Steps fill the cores for as long as anybody asks; a call needs little of one, and at once. Ray
-    starts all its workers at a niceness of 15, so that the rest of the scale is what there is.
+    Steps fill the cores for as long as anybody asks; a call needs little of one, and at once.
+    `RAY_worker_niceness` (`cluster/proxy.py`) says how far before them the rest of Ray goes.
     """
     if sys.platform == "linux":  # where a priority is a thread's own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST)

@@ -194,7 +194,7 @@ class Int8(Linear):
 
     @classmethod
     def gated(cls, gate: Parameters, up: Parameters) -> nn.Module:
-        return _Int8Gate(cls(*_joined(gate, up)), len(gate[0]))
+        return _Int8Gate(cls(*joined(gate, up)), len(gate[0]))
 
     def product(self, x: Tensor) -> Tensor:
         """For x with values from -1 to 1; without the bias."""
@@ -226,11 +226,12 @@ class _Int8Gate(nn.Module):
         return functional.silu(y[:, : self.width]).mul_(y[:, self.width :])
 
 
-def _joined(gate: Parameters, up: Parameters) -> Parameters:
-    weight = torch.cat([gate[0], up[0]])
-    if gate[1] is None and up[1] is None:
+def joined(*parts: Parameters) -> Parameters:
+    """One product for parts that share an input."""
+    weight = torch.cat([weight for weight, _ in parts])
+    if all(bias is None for _, bias in parts):
         return weight, None
-    biases = [torch.zeros(len(w)) if bias is None else bias.float() for w, bias in (gate, up)]
+    biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
     return weight, torch.cat(biases)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from serving.engines.linear import Int8, Kind, Linear, Parameters, converted
+from serving.engines.linear import Int8, Kind, Linear, Parameters, converted, joined
 from serving.engines.llama_step import Attention, Block, LlamaStep, Pass
 from serving.engines.runner import Precision
 
@@ -92,14 +92,13 @@ class _Folding:
         return self.kind.gated(self._parameters(norm, gate), self._parameters(norm, up))
 
     def _parameters(self, norm: Tensor | None, *parts: Parameters) -> Parameters:
-        weight = torch.cat([part.float() for part, _ in parts])
+        weight, bias = joined(*parts)
+        weight = weight.float()
         if norm is not None:
             # The step divides by the length of the vector, not by its root mean square.
             weight = weight * (norm.float() * math.sqrt(self.shape.hidden))
-        bias = None
-        if any(bias is not None for _, bias in parts):
-            bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in parts]).float()
-            bias = bias if self.kind is Int8 else converted(bias, self.precision)
+        if bias is not None:
+            bias = bias.float() if self.kind is Int8 else converted(bias, self.precision)
         return converted(weight, self.precision).contiguous(), bias
 
     def block(self, block: Any, cache: Tensor) -> Block:

@@ -1,9 +1,9 @@
 """One pass of a Llama-type model over the rows of a step, and the cache that it reads and writes.
 
 On a CPU the pass is compiled by TorchScript: the same operators in the same order, without the
-interpreter between them. At 10 million parameters that is 1.2 ms of a step of 8, and other threads
-of the process are not kept waiting, nor kept it waiting, for Python's lock. Where TorchScript,
-which PyTorch calls deprecated, is no longer there, the modules run as they stand.
+interpreter between them, so that neither the step nor the process's other threads wait for Python's
+lock. Where TorchScript, which PyTorch calls deprecated, is no longer there, the modules run as they
+stand.
 """
 
 import logging
@@ -121,7 +121,7 @@ class Block(nn.Module):
 
     Args:
         qkv: interleaved q, then k, then v.
-        gated: see `linear.Kind.gated`.
+        gated: see `Linear.gated`.
         floor: sqrt(hidden * epsilon).
     """
 
