@@ -8,6 +8,9 @@ from serving.engines.places import Copy, Places
 
 ALONE = 512
 """Prompt tokens that a step reads when no request waits for its next token."""
+TOGETHER = 4
+"""Chunks of several prompts that a step reads beside running requests. One after the other, short
+prompts that come at once would be answered in as many steps as they are, each hardly filled."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,11 @@ class _Reading:
 class Scheduler:
     """First come, first served, over a fixed number of slots and a bounded queue.
 
-    A long prompt is read in chunks, one a step, beside the requests that run; at most one prompt is
-    half read at a time, and lies in the row behind those that run.
+    A long prompt is read in chunks, one a step, beside the requests that run; short ones are begun
+    together. At most one prompt is half read at a time, and lies in the row behind those that run.
 
     Args:
-        chunk: most prompt tokens that a step reads beside running requests; None reads every
+        chunk: most tokens of one prompt that a step reads beside running requests; None reads every
             prompt in one piece, one a step.
         aligned: cut every prompt at multiples of the chunk, whatever else runs, one a step.
     """
@@ -123,14 +126,12 @@ class Scheduler:
         copies = self._leave()
         decode = tuple(r for r in self.places.order if self._readings[r].done)
         prefill: list[Chunk] = []
-        budget = self._budget(bool(decode))
         for request_id in self.places.order[len(decode) :]:
-            prefill.append(self._read(request_id, budget))
-        while self._may_begin(prefill, budget):
+            prefill.append(self._read(request_id, self._room(prefill, decode)))
+        while self._may_begin(prefill, self._room(prefill, decode)):
             request_id = self._waiting.popleft()
             copies += self._admit(request_id)
-            left = None if budget is None else budget - sum(chunk.count for chunk in prefill)
-            prefill.append(self._read(request_id, left))
+            prefill.append(self._read(request_id, self._room(prefill, decode)))
         for chunk in prefill:
             prompt = self._readings[chunk.request].prompt
             self.places.hold(chunk.request, prompt[chunk.start : chunk.start + chunk.count])
@@ -147,13 +148,13 @@ class Scheduler:
         self._leaving.clear()
         return copies
 
-    def _may_begin(self, prefill: Sequence[Chunk], budget: int | None) -> bool:
+    def _may_begin(self, prefill: Sequence[Chunk], room: int | None) -> bool:
         """Whether one more prompt is begun in this step."""
         if not self._waiting or len(self.places.order) == self._slots:
             return False
-        if budget is None or self._aligned:
-            return not prefill
-        if sum(chunk.count for chunk in prefill) >= budget:
+        if not prefill:
+            return True
+        if room is None or self._aligned or room <= 0 or not prefill[-1].last:
             return False
         # One that begins like a prompt of this very step takes over from it in the next one.
         following = self._readings[self._waiting[0]]
@@ -162,10 +163,16 @@ class Scheduler:
         ]
         return not following.reuse or not self.places.gains(following.prompt, begun)
 
-    def _budget(self, beside_others: bool) -> int | None:
+    def _room(self, prefill: Sequence[Chunk], beside: Sequence[str]) -> int | None:
+        """Most tokens that this step may still read of one prompt; None for all."""
         if self._chunk is None:
             return None
-        return self._chunk if beside_others or self._aligned else max(self._chunk, ALONE)
+        taken = sum(chunk.count for chunk in prefill)
+        if self._aligned:
+            return self._chunk
+        if beside:
+            return min(self._chunk, TOGETHER * self._chunk - taken)
+        return max(self._chunk, ALONE) - taken
 
     def _admit(self, request_id: str) -> list[Copy]:
         reading = self._readings[request_id]
@@ -175,10 +182,10 @@ class Scheduler:
         reading.read = reading.cached = copy.tokens
         return [copy]
 
-    def _read(self, request_id: str, budget: int | None) -> Chunk:
+    def _read(self, request_id: str, room: int | None) -> Chunk:
         reading = self._readings[request_id]
         missing = len(reading.prompt) - reading.read
-        count = missing if budget is None else min(missing, budget)
+        count = missing if room is None else min(missing, room)
         start, row = reading.read, self.places.order.index(request_id)
         reading.read += count
         return Chunk(request_id, row, start, count, reading.done)

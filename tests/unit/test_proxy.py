@@ -26,6 +26,7 @@ def test_haproxy_is_on_unless_it_is_switched_off() -> None:
     assert off["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "serving.border:middlewares"
     # As are calls from a model's threads: `generation.LAST` is the other end of the scale.
     assert on["RAY_worker_niceness"] == off["RAY_worker_niceness"] == "5"
+    assert float(off["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"]) <= 1  # replicas that died are missed
 
 
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,30 @@ def test_a_prompt_is_read_in_chunks_beside_those_that_run() -> None:
     assert first == Chunk("a", 0, 0, 3, True)
     assert scheduler.submit("b", range(10)) and scheduler.submit("c", range(3))
     steps = [scheduler.next_step() for _ in range(4)]
-    assert [s.decode for s in steps] == [("a",), ("a",), ("a",), ("a", "b")]
+    assert [s.decode for s in steps] == [("a",), ("a",), ("a",), ("a", "b", "c")]
     assert [s.prefill for s in steps] == [
         (Chunk("b", 1, 0, 4, False),),
         (Chunk("b", 1, 4, 4, False),),
-        # What the end of one prompt leaves of the step's share goes to the next.
-        (Chunk("b", 1, 8, 2, True), Chunk("c", 2, 0, 2, False)),
-        (Chunk("c", 2, 2, 1, True),),
+        (Chunk("b", 1, 8, 2, True), Chunk("c", 2, 0, 3, True)),
+        (),
+    ]
+
+
+def test_short_prompts_that_come_at_once_are_begun_together_within_bounds() -> None:
+    scheduler = Scheduler(slots=9, max_waiting=0, chunk=4)
+    scheduler.submit("a", range(3))
+    scheduler.next_step()
+    for name, length in (("b", 3), ("c", 9), ("d", 4), ("e", 4), ("f", 4), ("g", 4), ("h", 2)):
+        assert scheduler.submit(name, range(length))
+    read = [
+        [(c.request, c.start, c.count) for c in scheduler.next_step().prefill] for _ in range(4)
+    ]
+    assert read == [
+        [("b", 0, 3), ("c", 0, 4)],  # what is half read is the last
+        [("c", 4, 4)],
+        # 16 tokens at most, four chunks.
+        [("c", 8, 1), ("d", 0, 4), ("e", 0, 4), ("f", 0, 4), ("g", 0, 3)],
+        [("g", 3, 1), ("h", 0, 2)],
     ]
 
 
