@@ -4,7 +4,8 @@ Three servers answer the same small completion: FastAPI on uvicorn with nothing 
 ingress on uvicorn with the echo in its own process (`ingress`), and the whole way through HAProxy,
 the ingress deployment and a model deployment (`tiers`). One client process asks each in turn, over
 1 and over 32 connections, and reads one stream of 200 tokens. `python benchmarks/serve_layer.py
-[ROUNDS]`; the client shares the cores.
+[ROUNDS]`; the client shares the cores, and where it is the slower one, rates are its own:
+`cpu_us` is the processor time that a server's process took for an answer, which is not.
 """
 
 import asyncio
@@ -15,11 +16,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import uvicorn
 from fastapi import FastAPI, Request
 
@@ -140,7 +142,7 @@ async def stream(client: aiohttp.ClientSession, url: str) -> tuple[float, float]
     return first - began, (time.monotonic() - first) / STREAMED
 
 
-async def measure(rounds: int) -> dict[str, float]:
+async def measure(rounds: int, pids: Mapping[str, int]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     connector = aiohttp.TCPConnector(limit=64)
     async with aiohttp.ClientSession(connector=connector, trust_env=False) as client:
@@ -151,8 +153,13 @@ async def measure(rounds: int) -> dict[str, float]:
             order = list(urls.items())
             for name, url in order[turn % 3 :] + order[: turn % 3]:
                 for connections in (1, 32):
+                    before = processor_seconds(pids[name])
                     spent = await load(client, url, connections)
+                    taken = processor_seconds(pids[name]) - before
                     note = found.setdefault
+                    if name != "tiers":  # which are many processes
+                        per_answer = 1e6 * taken / len(spent)
+                        note(f"{name}_{connections}_cpu_us", []).append(per_answer)
                     note(f"{name}_{connections}_per_second", []).append(len(spent) / SECONDS)
                     middle = 1000 * statistics.median(spent)
                     note(f"{name}_{connections}_p50_ms", []).append(middle)
@@ -161,6 +168,11 @@ async def measure(rounds: int) -> dict[str, float]:
                     note(f"{name}_first_byte_ms", []).append(1000 * first)
                     note(f"{name}_token_us", []).append(1e6 * token)
     return {name: statistics.median(values) for name, values in found.items()}
+
+
+def processor_seconds(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
 
 
 async def answering(client: aiohttp.ClientSession, url: str) -> None:
@@ -190,13 +202,15 @@ def main() -> None:
         for server in servers:
             server.start()
         try:
-            seen = asyncio.run(measure(rounds))
+            pids = {name: server.pid or 0 for name, server in zip(PORTS, servers, strict=True)}
+            seen = asyncio.run(measure(rounds, pids))
         finally:
             for server in servers:
                 server.terminate()
                 server.join(30)
     figures = {
         "ingress_share_of_bare": seen["ingress_32_per_second"] / seen["bare_32_per_second"],
+        "ingress_share_of_bare_cpu": seen["bare_32_cpu_us"] / seen["ingress_32_cpu_us"],
         "ingress_added_p50_ms": seen["ingress_1_p50_ms"] - seen["bare_1_p50_ms"],
         "tiers_added_p50_ms": seen["tiers_1_p50_ms"] - seen["bare_1_p50_ms"],
         **seen,

@@ -310,20 +310,28 @@ def _replay(body: bytes) -> Receive:
 
 
 async def _until_gone(answer: Awaitable[None], receive: Receive) -> None:
-    async def gone() -> None:
+    """Await the answer; cancel it when the client goes, which is no error."""
+    working, gone = asyncio.current_task(), False
+    assert working is not None
+
+    async def watch() -> None:
+        nonlocal gone
         while (await receive())["type"] != "http.disconnect":
             pass
+        gone = True
+        working.cancel()
 
-    working = asyncio.ensure_future(answer)
-    watching = asyncio.ensure_future(gone())
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            await working
+        await answer
+    except asyncio.CancelledError:
+        # Somebody else may have cancelled us, too: see `asyncio.timeout`.
+        if not gone or working.cancelling() > 1:
+            raise
     finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        watching.cancel()
+        if gone:
+            working.uncancel()
 
 
 class HeaderGuard:

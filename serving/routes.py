@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 
@@ -11,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from serving.admission import Admission
-from serving.border import Access, Border, error_response, needs, open_to_all
+from serving.border import Access, Border, Endpoint, error_response, needs, open_to_all
 from serving.classification import Classification, parse_classification, parse_form
 from serving.completion import (
     Completion,
@@ -41,8 +42,9 @@ def create_app(service: Service, access: Access, admission: Admission, bounds: B
     # `/v1/models/` is not redirected: the answer would name a host that the client chose.
     app.router.redirect_slashes = False
     _add_errors(app)
-    _add_looking(app, service)
+    # The router takes the first route that fits, and this is where the calls are.
     _add_asking(app, service, admission)
+    _add_looking(app, service)
     _add_page(app)
     return Border(
         app,
@@ -70,13 +72,21 @@ def _add_looking(app: FastAPI, service: Service) -> None:
 
 
 def _add_asking(app: FastAPI, service: Service, admission: Admission) -> None:
-    @app.post("/v1/completions")
+    def post(path: str) -> Callable[[Endpoint], Endpoint]:
+        # Without FastAPI's own reading of parameters, of which these have none.
+        def add(endpoint: Endpoint) -> Endpoint:
+            app.add_route(path, endpoint, ["POST"])
+            return endpoint
+
+        return add
+
+    @post("/v1/completions")
     @needs("generate")
     async def completions(request: Request) -> Response:
         asked = parse_completion(await _json(request), service.limits)
         return await _complete(request, asked)
 
-    @app.post("/v1/chat/completions")
+    @post("/v1/chat/completions")
     @needs("generate")
     async def chat(request: Request) -> Response:
         asked = parse_chat(await _json(request), service.limits)
@@ -86,21 +96,21 @@ def _add_asking(app: FastAPI, service: Service, admission: Admission) -> None:
         call = await admission.admit(request.scope, asked, service.deadline_seconds)
         return await call.answered(service.complete(asked, call.identity, call.ends, call.used))
 
-    @app.post("/v1/classify")
+    @post("/v1/classify")
     @needs("classify")
     async def classify(request: Request) -> Response:
         asked = await _classification(request, service)
         call = await admission.admit(request.scope, asked, service.deadline_seconds)
         return await call.answered(service.classify(asked, call.identity, call.ends))
 
-    @app.post("/tokenize")
+    @post("/tokenize")
     @needs("generate")
     async def tokenize(request: Request) -> Response:
         asked = parse_tokenize(await _json(request))
         call = await admission.admit(request.scope, asked, service.deadline_seconds)
         return await call.answered(service.tokenize(asked, call.identity, call.ends))
 
-    @app.post("/detokenize")
+    @post("/detokenize")
     @needs("generate")
     async def detokenize(request: Request) -> Response:
         asked = parse_detokenize(await _json(request))

@@ -27,7 +27,7 @@ from serving.engines.base import (
     TextRequest,
 )
 from serving.schema import Limits, ModelCard, RequestError
-from serving.stream import Tally, Used, accepted, chained, collect, merge, server_sent, within
+from serving.stream import Tally, Used, accepted, chained, collect, merge, server_sent
 
 MODEL_HEADER = "x-model-id"
 LONGEST_TOKEN = 512
@@ -92,7 +92,7 @@ class Service:
         scored = asked.sampling.logprobs is not None
         tally = Tally(style, identity, int(time.time()), asked.model, scored, used=used)
         streams = [self.gateway.submit(card, r, whole=not asked.stream) for r in requests]
-        events = within(ends, merge(streams))
+        events = merge(streams, ends)
         first = await accepted(events, len(requests))
         headers = {MODEL_HEADER: _artifact(first)}
         following = chained(first, events)
@@ -134,7 +134,7 @@ class Service:
             RequestError: if the engine refuses, or the deadline passes.
         """
         artifact = ""
-        events = within(ends, merge([self.gateway.submit(card, request, whole=True)]))
+        events = merge([self.gateway.submit(card, request, whole=True)], ends)
         async with aclosing(events) as following:  # type: ignore[type-var]
             async for _, event in following:
                 if isinstance(event, Failed):

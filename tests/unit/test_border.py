@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 
 from serving.auth import Key, Quota, new_key
-from serving.border import HeaderGuard, request_id
+from serving.border import HeaderGuard, _until_gone, request_id
 from serving.routes import Bounds
 from tests.scripted import application, call, complete
 from tests.strangers import HOSTS, OPEN, routes
@@ -219,3 +219,38 @@ def test_no_interim_answer_goes_out(http: Any) -> None:
 
     answer = asyncio.run(scenario())
     assert answer.startswith(b"HTTP/1.1 200 OK") and answer.endswith(b"ok")
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_client_that_goes_cancels_its_answer_and_nothing_else(stubborn: bool) -> None:
+    async def answer() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if not stubborn:
+                raise
+
+    async def gone() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def scenario() -> None:
+        await asyncio.wait_for(_until_gone(answer(), gone), 2)
+        task = asyncio.current_task()
+        assert task is not None and task.cancelling() == 0
+        await asyncio.sleep(0)  # nothing is left that would be raised here
+
+    asyncio.run(scenario())
+
+
+def test_whoever_cancels_the_request_itself_is_obeyed() -> None:
+    async def scenario() -> None:
+        never = asyncio.get_running_loop().create_future()
+        running = asyncio.create_task(_until_gone(asyncio.sleep(60), lambda: never))
+        await asyncio.sleep(0.01)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        await asyncio.sleep(0)
+        assert never.cancelled()  # nobody watches on
+
+    asyncio.run(scenario())
