@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -142,37 +143,52 @@ class Both(Linear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
-        self.packed = Packed(weight, bias)
-        self.transposed = weight.t().contiguous()
+        self.packed, self.single = Packed(weight, bias), _OneRow(weight, bias)
 
     @classmethod
     def gated(cls, gate: Parameters, up: Parameters) -> nn.Module:
-        return _BothGate(cls(*gate), cls(*up))
+        return _BothGate(Packed(*gate), Packed(*up), _OneRow(*joined(gate, up)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] > 1:
-            return self.packed(x)
-        y = torch.mm(x, self.transposed)
-        return y if self.bias is None else y.add_(self.bias)
+        return self.packed(x) if x.shape[0] > 1 else self.single(x)
 
     @torch.jit.export
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         if x.shape[0] > 1:
             return self.packed.plus(x, other)
-        y = torch.addmm(other, x, self.transposed)
+        return self.single(x).add_(other)
+
+
+class _OneRow(nn.Module):
+    """The product of one row, in as many pieces as there are threads when it is made.
+
+    MKL leaves such a product of one matrix to one thread, and of a batch gives one matrix to each.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        threads = torch.get_num_threads()
+        self.pieces = threads if len(weight) % threads == 0 else 1
+        # [pieces, in, out / pieces]
+        pieces = weight.view(self.pieces, -1, weight.shape[1])
+        self.weight = pieces.transpose(1, 2).contiguous()
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.bmm(x.expand(self.pieces, 1, x.shape[1]), self.weight).view(1, -1)
         return y if self.bias is None else y.add_(self.bias)
 
 
 class _BothGate(nn.Module):
-    def __init__(self, gate: Both, up: Both) -> None:
+    def __init__(self, gate: Packed, up: Packed, single: _OneRow) -> None:
         super().__init__()
-        self.gate, self.up = gate, up
-        self.packed = _PackedGate(gate.packed, up.packed)
+        self.packed, self.single = _PackedGate(gate, up), single
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] > 1:
             return self.packed(x)
-        return functional.silu(self.gate(x), inplace=True).mul_(self.up(x))
+        gate, up = self.single(x).chunk(2, 1)
+        return functional.silu(gate).mul_(up)
 
 
 class Int8(Linear):
@@ -245,23 +261,25 @@ def converted(weight: Tensor, precision: Precision) -> Tensor:
 
 
 def seconds(linears: Sequence[Callable[[Tensor], Tensor]], inputs: int) -> list[list[float]]:
-    """Of one product, by way and probed batch size: the best of some.
-
-    On one thread and in turns. Where other processes take a core, two threads that wait for each
-    other can be held up in each of a way's trials, and the replica would keep the slower way for as
-    long as it lives.
-    """
+    """Of one product, by way and probed batch size: the best of some, taken in turns."""
     best = [[math.inf] * len(PROBED_ROWS) for _ in linears]
+    for column, rows in enumerate(PROBED_ROWS):
+        x = torch.ones(rows, inputs)
+        for _ in range(TRIALS):
+            for linear, times in zip(linears, best, strict=True):
+                began = time.perf_counter()
+                linear(x)
+                times[column] = min(times[column], time.perf_counter() - began)
+    return best
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Where other processes take a core, two threads that wait for each other can be held up in
+    each trial of a way, and the replica would keep the slower one for as long as it lives."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for column, rows in enumerate(PROBED_ROWS):
-            x = torch.ones(rows, inputs)
-            for _ in range(TRIALS):
-                for linear, times in zip(linears, best, strict=True):
-                    began = time.perf_counter()
-                    linear(x)
-                    times[column] = min(times[column], time.perf_counter() - began)
+        yield
     finally:
         torch.set_num_threads(threads)
-    return best

@@ -23,6 +23,7 @@ from serving.engines.linear import (
     Packed,
     Plain,
     converted,
+    one_thread,
     seconds,
 )
 from serving.engines.llama import Shape, fits
@@ -206,9 +207,10 @@ def choose_kind(shape: Shape, precision: Precision, *, twice: bool) -> tuple[Pre
     candidates += [("fp32", Both)] if twice else []
     if precision != "fp32":
         candidates += [(precision, Int8)] if precision == "int8" else [("bf16", Packed)]
-    right = {(held, kind): _checked(kind, weight, held) for held, kind in candidates}
-    right = {pair: linear for pair, linear in right.items() if linear is not None}
-    times = dict(zip(right, seconds(list(right.values()), shape.hidden), strict=True))
+    with one_thread():
+        right = {(held, kind): _checked(kind, weight, held) for held, kind in candidates}
+        right = {pair: linear for pair, linear in right.items() if linear is not None}
+        times = dict(zip(right, seconds(list(right.values()), shape.hidden), strict=True))
     plain = times["fp32", Plain]
     packed = times.get(("fp32", Packed), [math.inf])
     # What other processes do at this moment must not decide between equals.

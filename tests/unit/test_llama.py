@@ -225,12 +225,34 @@ def test_the_ways_are_timed_on_one_thread_and_in_turns() -> None:
 
         return product
 
-    slow, fast = linear.seconds([way("slow", 0.004), way("fast", 0.0)], 8)
+    with linear.one_thread():
+        slow, fast = linear.seconds([way("slow", 0.004), way("fast", 0.0)], 8)
     assert all(one > other for one, other in zip(slow, fast, strict=True))
     assert [name for name, _, _ in order[:4]] == ["slow", "fast", "slow", "fast"]
     assert {rows for _, rows, _ in order} == set(linear.PROBED_ROWS)
     assert {count for _, _, count in order} == {1}
     assert torch.get_num_threads() == threads
+
+
+def test_the_product_of_one_row_is_the_same_in_any_number_of_pieces() -> None:
+    """A piece for each thread; a width that they do not divide stays whole."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    try:
+        for count, width, pieces in ((1, 12, 1), (2, 12, 2), (3, 12, 3), (5, 12, 1)):
+            torch.set_num_threads(count)
+            gate, up = ((torch.randn(width, 8), torch.randn(width)) for _ in range(2))
+            both, gated = Both(*gate), Both.gated(gate, up)
+            assert both.single.pieces == pieces
+            for rows in (1, 3):
+                x, other = torch.randn(rows, 8), torch.randn(rows, width)
+                one = torch.nn.functional.linear(x, *gate)
+                two = torch.nn.functional.linear(x, *up)
+                torch.testing.assert_close(both(x), one)
+                torch.testing.assert_close(both.plus(x, other), one + other)
+                torch.testing.assert_close(gated(x), torch.nn.functional.silu(one) * two)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("kind", "precision"), [(Plain, "bf16"), (Both, "fp32"), (Int8, "int8")])
