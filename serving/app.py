@@ -99,12 +99,14 @@ def write_config(config: RunConfig) -> str:
     """The Serve config as YAML, for `serve deploy`; nothing is started.
 
     Raises:
-        UsageError: as `run` does.
+        UsageError, ArtifactError: as `run` does.
     """
     from serving import deploy
 
     store = open_store(config)
     models = chosen(config, store)
+    for served in models:
+        served.artifact.verify()
     deploy.check_guarded(config.serve, KeyFile(store))
     shape = deploy.shape(config.serve, ours=False, gpus=0)
     ours = deploy.application(config.serve, store.uri, models, shape, runtime_env={})

@@ -209,9 +209,12 @@ def serve_config(
 HEAD = """\
 # Written by `heliostat serve --write-config`. On a cluster that has Heliostat installed:
 #   serve deploy THIS_FILE
-# For HAProxy, start every node with RAY_SERVE_ENABLE_HA_PROXY=1, RAY_SERVE_THROUGHPUT_OPTIMIZED=1
-# and RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serving.border:middlewares (its binary, in Ray's
-# wheel, is GPLv2). A newer model loads in place: change its version in both user_configs.
+# For HAProxy (its binary, in Ray's wheel, is GPLv2), start every node with
+#   RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1
+#   RAY_SERVE_HAPROXY_BINARY_PATH=PATH_OF_THE_COMMAND_heliostat-haproxy
+#   RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serving.border:middlewares
+# and with RAY_worker_niceness=5, so that what takes calls in goes before what computes.
+# A newer model loads in place: change its version in both user_configs.
 """
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 
 from cluster.config import RunConfig
 from cluster.storage import Artifact, Store
@@ -96,6 +97,12 @@ def busy(model: str = "tiny") -> int:
 
     stats = asyncio.run_coroutine_threadsafe(asked(), _LOOP).result(20)
     return int(stats.running + stats.waiting)
+
+
+def half_closed(port: int | None) -> int:
+    """Connections to a port whose clients have closed them, and the server has not."""
+    found = psutil.net_connections("tcp")
+    return sum(one.status == psutil.CONN_CLOSE_WAIT and one.laddr.port == port for one in found)
 
 
 def pids(deployment: str = "tiny") -> list[int]:

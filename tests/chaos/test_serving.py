@@ -19,7 +19,7 @@ import pytest
 from cluster.errors import ServingError
 from serving import deploy
 from tests.fuzzing import fire
-from tests.served import Served, busy, listener, memory, pids, until
+from tests.served import Served, busy, half_closed, listener, memory, pids, until
 
 SECONDS = 60.0
 KILL_EVERY = 15.0
@@ -185,6 +185,7 @@ def test_fifty_clients_that_vanish_free_their_places_within_a_second(served: Ser
 
     asyncio.run(leave())
     time.sleep(1.0)
+    assert not half_closed(httpx.URL(served.url).port)
     assert [busy() for _ in range(12)] == [0] * 12  # whichever of the replicas is asked
 
 

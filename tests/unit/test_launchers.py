@@ -72,6 +72,8 @@ def test_every_node_starts_with_the_token_and_the_dashboard_on_loopback(
         start = next(c for c in launcher[f"{kind}_start_ray_commands"] if "ray start" in c)
         before = start.partition("ray start")[0]
         assert "export RAY_AUTH_MODE=token;" in before and " RAY_worker_niceness=5 " in before
+        # See `cluster.proxy.haproxy`.
+        assert "BINARY_PATH=$HOME/heliostat-venv/bin/heliostat-haproxy" in before
         assert "0.0.0.0" not in start
         assert ("--dashboard-host=127.0.0.1" in start) == (kind == "head")
 

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,27 @@ def test_somebody_elses_folder_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_
     folder = Path(proxy.environment(ServeSection())["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"])
     assert folder.resolve() != elsewhere.resolve()
     folder.rmdir()
+
+
+def test_haproxy_is_started_without_splicing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands for it is given Serve's arguments and hands them on; never to itself."""
+    command = proxy.environment(ServeSection())["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    asked = [command, "-vv"]
+    told = subprocess.run(
+        asked,
+        env={**os.environ, "RAY_SERVE_HAPROXY_BINARY_PATH": command},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert told.stdout.startswith("HAProxy version")
+    ran: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, arguments: ran.append(arguments))
+    monkeypatch.setattr("sys.argv", ["heliostat-haproxy", "-f", "some.cfg"])
+    proxy.haproxy()
+    assert ran[0][1:] == ["-dS", "-f", "some.cfg"]
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    assert "RAY_SERVE_HAPROXY_BINARY_PATH" not in proxy.environment(ServeSection())

@@ -103,6 +103,23 @@ def test_the_serve_config_can_be_written_instead_of_deployed(
     ]  # fmt: skip
 
 
+def test_no_serve_config_is_written_for_a_damaged_model(
+    root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = fakes.commit(
+        Store(str(tmp_path / "root")),
+        "model",
+        "a",
+        detail={"family": "causal_lm", "context_length": 8},
+    )
+    [weights] = (tmp_path / "root").rglob("a.bin")
+    weights.write_bytes(b"contend")
+    target = tmp_path / "serve.yaml"
+    asked = ["serve", "gpt-demo", root, "--write-config", str(target), "serve.models=[a]"]
+    assert here(*asked) != 0 and found.id in capsys.readouterr().err
+    assert not target.exists()
+
+
 def test_a_port_in_use_is_refused_before_any_work(tmp_path: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
