@@ -205,7 +205,9 @@ class Border:
                 code="overloaded",
                 retry_after=RETRY_SECONDS,
             )
-        endpoint = _endpoint(self._app, scope)
+        route, endpoint = _matched(self._app, scope)
+        if route is not None:
+            scope["route"] = route  # for the log; Starlette's own kind of route does not say it
         needed = getattr(endpoint, "needs", "")
         if needed is not None:
             scope["key"] = await self._access.admit(scope, needed)
@@ -279,13 +281,14 @@ class Noted:
         log.info("answered", extra={"heliostat": fields})
 
 
-def _endpoint(app: FastAPI, scope: Message) -> Any:
-    """What the router will call; None for an address or a method that nothing answers."""
+def _matched(app: FastAPI, scope: Message) -> tuple[Any, Any]:
+    """The route that the router will take, and what it will call; None for an address or a method
+    that nothing answers."""
     for route in app.router.routes:
         match, child = route.matches(scope)
         if match is Match.FULL:
-            return child.get("endpoint")
-    return None
+            return route, child.get("endpoint")
+    return None, None
 
 
 def request_id(headers: Sequence[tuple[bytes, bytes]]) -> str:

@@ -487,7 +487,12 @@ def test_serve_deploy_takes_what_was_written_and_its_deadline_is_kept(
     KeyFile(served.store).add(key)
     served.http.headers["authorization"] = f"Bearer {secret}"
     asked = {"model": "talker", "prompt": "a", "max_tokens": 2}
-    assert until(lambda: served.complete(**asked).status_code == 200, 10)
+
+    def known(_: int) -> bool:
+        return served.complete(**asked).status_code == 200
+
+    with ThreadPoolExecutor(6) as pool:  # so that both replicas of the ingress are asked
+        assert until(lambda: all(pool.map(known, range(6))), 15)
     moved = [{"x-request-timeout-seconds": value} for value in ("0", "100", "nan")]
     headers = [{}, *moved, {"x-request-disconnect-disabled": "?1"}]
 

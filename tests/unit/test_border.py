@@ -9,6 +9,7 @@ import httpx
 import pytest
 import uvicorn
 
+from serving import border
 from serving.auth import Key, Quota, new_key
 from serving.border import HeaderGuard, _until_gone, request_id
 from serving.routes import Bounds
@@ -219,6 +220,18 @@ def test_no_interim_answer_goes_out(http: Any) -> None:
 
     answer = asyncio.run(scenario())
     assert answer.startswith(b"HTTP/1.1 200 OK") and answer.endswith(b"ok")
+
+
+def test_the_log_names_the_route_and_never_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(border.log, "info", lambda _, extra: told.append(extra["heliostat"]))
+    app, _ = application()
+    assert complete(app).status_code == 200
+    for path in ("/v1/models/gpt", "/health", "/my/secret"):
+        call(app, "GET", path)
+    assert [(line["status"], line["route"]) for line in told] == [
+        (200, "/v1/completions"), (200, "/v1/models/{name}"), (200, "/health"), (404, None),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
