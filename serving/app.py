@@ -12,6 +12,7 @@ from cluster.config import RunConfig
 from cluster.errors import CapacityError, PortError
 from cluster.session import Session, joined_address, open_store, session
 from cluster.stages import StageResult
+from cluster.storage import Store
 from serving.auth import KeyFile
 from serving.models import Served, chosen
 
@@ -60,11 +61,7 @@ def run(config: RunConfig) -> StageResult:
     from serving import deploy, rest
 
     store = open_store(config)
-    models = chosen(config, store)
-    guarded = deploy.check_guarded(config.serve, KeyFile(store))
-    # A replica that cannot load a new version is lost with the version that it had: look first.
-    for served in models:
-        served.artifact.verify()
+    models, guarded = _examined(config, store)
     with session(config) as joined:
         _check_capacity(config, joined, len(models))
         if len(joined.nodes) > 1 and deploy.is_loopback(config.serve.host):
@@ -104,13 +101,22 @@ def write_config(config: RunConfig) -> str:
     from serving import deploy
 
     store = open_store(config)
-    models = chosen(config, store)
-    for served in models:
-        served.artifact.verify()
-    deploy.check_guarded(config.serve, KeyFile(store))
+    models, _ = _examined(config, store)
     shape = deploy.shape(config.serve, ours=False, gpus=0)
     ours = deploy.application(config.serve, store.uri, models, shape, runtime_env={})
     return deploy.as_yaml(deploy.serve_config(config.serve, ours, []))
+
+
+def _examined(config: RunConfig, store: Store) -> tuple[list[Served], bool]:
+    """The models to serve, none of them damaged, and whether the service has keys."""
+    from serving import deploy
+
+    models = chosen(config, store)
+    guarded = deploy.check_guarded(config.serve, KeyFile(store))
+    # A replica that cannot load a new version is lost with the version that it had: look first.
+    for served in models:
+        served.artifact.verify()
+    return models, guarded
 
 
 def build(args: dict[str, Any]) -> "Application":

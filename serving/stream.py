@@ -109,7 +109,7 @@ async def merge(streams: Sequence[AsyncIterator[Event]], ends: float) -> AsyncIt
         except Exception as error:
             queue.put_nowait(error)
 
-    # One timer for the whole answer: a timeout around each event took a tenth of the ingress.
+    # One timer for the whole answer, because one around each event costs more than the event.
     timer = asyncio.get_running_loop().call_at(ends, queue.put_nowait, _late())
     tasks = [asyncio.create_task(pump(i, s)) for i, s in enumerate(streams)]
     try:

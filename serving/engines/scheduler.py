@@ -167,9 +167,9 @@ class Scheduler:
         """Most tokens that this step may still read of one prompt; None for all."""
         if self._chunk is None:
             return None
-        taken = sum(chunk.count for chunk in prefill)
         if self._aligned:
             return self._chunk
+        taken = sum(chunk.count for chunk in prefill)
         if beside:
             return min(self._chunk, TOGETHER * self._chunk - taken)
         return max(self._chunk, ALONE) - taken
