@@ -17,7 +17,7 @@ from serving.completion import Completion, Text
 from serving.engines.base import Chat, Prompt
 from serving.limits import Ledger, Verdict
 from serving.schema import RequestError
-from serving.stream import Used
+from serving.stream import DONE, Used
 
 Asked = Completion | Classification | Text
 BYTES_PER_TOKEN = 3
@@ -80,9 +80,13 @@ class SharedBooks:
             return await self._own.admit(key, quota, call, tokens, seconds)
 
     async def settle(self, key: str, call: str, tokens: int) -> None:
-        # Nobody waits for it; where it is lost, the call's place is free at its deadline.
-        self._handle.settle.remote(key, call, tokens)
+        """Waits until it is written; where it is lost, the call's place is free at its deadline."""
+        told = asyncio.ensure_future(self._handle.settle.remote(key, call, tokens))
         await self._own.settle(key, call, tokens)
+        # Unlike `wait_for`, it leaves alone what takes longer, or whose caller has gone.
+        await asyncio.wait({told}, timeout=self.SECONDS)
+        if told.done() and (error := told.exception()):
+            log.warning("the shared accounts do not answer: %s", type(error).__name__)
 
 
 @dataclass
@@ -99,8 +103,14 @@ class Call:
     """For the log."""
     used: Used = field(default_factory=Used)
 
+    _over: bool = False
+
     async def answered(self, answer: Awaitable[Response]) -> Response:
-        """The answer with the headers of the limits; settled when its last byte is out."""
+        """The answer with the headers of the limits.
+
+        Settled before its last part goes out: who asks for one call after the other finds its
+        place free.
+        """
         try:
             response = await answer
         except BaseException:
@@ -116,12 +126,17 @@ class Call:
     async def _settled(self, parts: Any) -> Any:
         try:
             async for part in parts:
+                if part == DONE:
+                    await self._settle()
                 yield part
         finally:
             await parts.aclose()
             await self._settle()
 
     async def _settle(self) -> None:
+        if self._over:
+            return
+        self._over = True
         self.facts["tokens"] = self.used.tokens
         if self.key is not None:
             await self.books.settle(self.key.id, self.identity, self.used.tokens)
