@@ -24,7 +24,8 @@ from serving.engines.runner import Precision
 PROBED_ROWS = (1, 8, 32)
 """Batch sizes at which the ways are timed."""
 TRIALS = 10
-"""Take 40 ms in all at a width of 384, 1.5 s at 2,048."""
+BUDGET = 0.3
+"""Seconds for each of them, after which three trials are enough."""
 SAME = {"fp32": 1e-5, "bf16": 2e-2, "int8": 5e-2}
 """Largest error of a product that counts as rounding, relative to the largest result."""
 Parameters = tuple[Tensor, Tensor | None]
@@ -134,8 +135,90 @@ class _PackedGate(nn.Module):
         return self.up.with_other(x, self.gate.raw(x, "swish"), "mul")
 
 
+class Pieces(Linear):
+    """fp32 in transposed pieces of some outputs each, which one batched product multiplies.
+
+    MKL leaves a small product of one matrix to one thread, and of a batch gives some to each. Costs
+    no more memory than the weights; on Intel as fast as any other way from one row to hundreds.
+    """
+
+    WIDEST = 128
+    """Outputs of a piece; 32 to 512 differ by a tenth."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self.outputs = weight.shape[0]
+        self.split = _Split([(weight, bias)], self.WIDEST)
+
+    @classmethod
+    def gated(cls, gate: Parameters, up: Parameters) -> nn.Module:
+        return _PiecesGate(_Split([gate, up], cls.WIDEST), len(gate[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _beside(self.split(x), self.outputs)
+
+    @torch.jit.export
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return other + self.forward(x)
+
+
+class _PiecesGate(nn.Module):
+    def __init__(self, split: _Split, outputs: int) -> None:
+        super().__init__()
+        self.split, self.outputs = split, outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.split(x).chunk(2)
+        return _beside(functional.silu(gate).mul_(up), self.outputs)
+
+
+class _Split(nn.Module):
+    """Products of one input, each in the same number of pieces."""
+
+    def __init__(self, parts: Sequence[Parameters], widest: int) -> None:
+        super().__init__()
+        weights, biases = zip(*parts, strict=True)
+        count, width = _cut(len(weights[0]), widest)
+        # [pieces, in, width]
+        self.weight = torch.cat([_cut_up(w, count, width) for w in weights]).transpose(1, 2)
+        self.weight = self.weight.contiguous()
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            given = [w.new_zeros(len(w)) if b is None else b for w, b in parts]
+            self.bias = torch.cat([_cut_up(one.unsqueeze(1), count, width) for one in given])
+            self.bias = self.bias.transpose(1, 2).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [pieces, rows, width]."""
+        each = x.expand(self.weight.shape[0], x.shape[0], x.shape[1])
+        if self.bias is None:
+            return torch.bmm(each, self.weight)
+        return torch.baddbmm(self.bias, each, self.weight)
+
+
+def _cut(outputs: int, widest: int) -> tuple[int, int]:
+    """How many pieces, as many for each thread, and how wide: a multiple of 8, as vectors are."""
+    threads = torch.get_num_threads()
+    fewest = math.ceil(outputs / widest / threads) * threads
+    for count in range(fewest, 2 * fewest, threads):
+        if outputs % (8 * count) == 0:
+            return count, outputs // count
+    return fewest, math.ceil(outputs / fewest / 8) * 8
+
+
+def _cut_up(weight: Tensor, count: int, width: int) -> Tensor:
+    """[out, in] -> [count, width, in]; what is missing at the end is 0."""
+    missing = count * width - len(weight)
+    return functional.pad(weight, (0, 0, 0, missing)).view(count, width, -1)
+
+
+def _beside(pieces: Tensor, outputs: int) -> Tensor:
+    """[count, rows, width] -> [rows, outputs]."""
+    return pieces.transpose(0, 1).reshape(pieces.shape[1], -1)[:, :outputs]
+
+
 class Both(Linear):
-    """fp32 twice: packed for several rows, and transposed for one.
+    """fp32 twice: packed for several rows, and a piece for each thread for one.
 
     For one row a product takes as long as its weights take to be read, and MKL reads a transposed
     matrix as fast as memory gives it. Costs the weights' memory again.
@@ -147,48 +230,27 @@ class Both(Linear):
 
     @classmethod
     def gated(cls, gate: Parameters, up: Parameters) -> nn.Module:
-        return _BothGate(Packed(*gate), Packed(*up), _OneRow(*joined(gate, up)))
+        return _BothGate(Packed.gated(gate, up), _OneRow.gated(gate, up))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.packed(x) if x.shape[0] > 1 else self.single(x)
 
     @torch.jit.export
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        if x.shape[0] > 1:
-            return self.packed.plus(x, other)
-        return self.single(x).add_(other)
+        return self.packed.plus(x, other) if x.shape[0] > 1 else self.single.plus(x, other)
 
 
-class _OneRow(nn.Module):
-    """The product of one row, in as many pieces as there are threads when it is made.
-
-    MKL leaves such a product of one matrix to one thread, and of a batch gives one matrix to each.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        threads = torch.get_num_threads()
-        self.pieces = threads if len(weight) % threads == 0 else 1
-        # [pieces, in, out / pieces]
-        pieces = weight.view(self.pieces, -1, weight.shape[1])
-        self.weight = pieces.transpose(1, 2).contiguous()
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.bmm(x.expand(self.pieces, 1, x.shape[1]), self.weight).view(1, -1)
-        return y if self.bias is None else y.add_(self.bias)
+class _OneRow(Pieces):
+    WIDEST = 1 << 30
 
 
 class _BothGate(nn.Module):
-    def __init__(self, gate: Packed, up: Packed, single: _OneRow) -> None:
+    def __init__(self, packed: nn.Module, single: nn.Module) -> None:
         super().__init__()
-        self.packed, self.single = _PackedGate(gate, up), single
+        self.packed, self.single = packed, single
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] > 1:
-            return self.packed(x)
-        gate, up = self.single(x).chunk(2, 1)
-        return functional.silu(gate).mul_(up)
+        return self.packed(x) if x.shape[0] > 1 else self.single(x)
 
 
 class Int8(Linear):
@@ -260,17 +322,50 @@ def converted(weight: Tensor, precision: Precision) -> Tensor:
     return weight.bfloat16() if precision == "bf16" else weight.float()
 
 
-def seconds(linears: Sequence[Callable[[Tensor], Tensor]], inputs: int) -> list[list[float]]:
-    """Of one product, by way and probed batch size: the best of some, taken in turns."""
-    best = [[math.inf] * len(PROBED_ROWS) for _ in linears]
+def layer(kind: Kind, weights: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """The products of one layer: a single one stays in the cache, where every way is fast.
+
+    Args:
+        weights: of queries, keys and values together, of the output, of gate, up and down.
+    """
+    first, second, gate, up, third = weights
+    qkv, out = kind(first, None), kind(second, None)
+    gated, down = kind.gated((gate, None), (up, None)), kind(third, None)
+
+    def products(x: Tensor) -> Tensor:
+        x = out.plus(qkv(x)[:, : second.shape[1]].contiguous(), x)
+        return down.plus(gated(x), x)
+
+    return products
+
+
+def seconds(ways: Sequence[Callable[[Tensor], Tensor]], inputs: int) -> list[list[float]]:
+    """Of one call, by way and probed batch size: the best of some, taken in turns."""
+    best = [[math.inf] * len(PROBED_ROWS) for _ in ways]
     for column, rows in enumerate(PROBED_ROWS):
-        x = torch.ones(rows, inputs)
-        for _ in range(TRIALS):
-            for linear, times in zip(linears, best, strict=True):
+        x, ends = torch.ones(rows, inputs), time.perf_counter() + BUDGET
+        for trial in range(TRIALS):
+            if trial >= 3 and time.perf_counter() > ends:
+                break
+            for way, times in zip(ways, best, strict=True):
                 began = time.perf_counter()
-                linear(x)
+                way(x)
                 times[column] = min(times[column], time.perf_counter() - began)
     return best
+
+
+RELUCTANCE: dict[Kind, float] = {Packed: 1.0, Both: 1.03, Pieces: 1.1, Plain: 1.2}
+"""What other processes do at this moment must not decide between equals. `Both` costs memory; one
+layer flatters `Pieces`, which a whole model of 90 M parameters is no faster with."""
+
+
+def cost(kind: Kind, times: Sequence[float]) -> float:
+    """By which ways of one precision compare: one row counts as much as 32.
+
+    Args:
+        times: of `seconds`.
+    """
+    return RELUCTANCE[kind] * math.prod(times) ** (1 / len(times))
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class Shape:
     kv_heads: int
     dim: int
     hidden: int
+    intermediate: int
     epsilon: float
     vocabulary: int
 
@@ -65,6 +66,7 @@ class Shape:
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
             epsilon=config.rms_norm_eps,
             vocabulary=config.vocab_size,
         )

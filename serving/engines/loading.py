@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,8 +20,11 @@ from serving.engines.linear import (
     Int8,
     Kind,
     Packed,
+    Pieces,
     Plain,
     converted,
+    cost,
+    layer,
     one_thread,
     seconds,
 )
@@ -186,14 +188,18 @@ def _held_as(model: Any, options: Options, gpu: bool) -> tuple[Precision, Kind]:
         published: Precision = "fp32" if model.dtype == torch.float32 else "bf16"
         return wanted or published, Plain
     precision: Precision = "fp32" if options.precision == "auto" else options.precision
+    shape = Shape.of(model.config)
+    if options.constant_shape and precision == "fp32":
+        # What is timed may differ from replica to replica, and so would their rounding.
+        return "fp32", Packed if _checked(Packed, _weights(shape)[0], "fp32") else Plain
     twice = 4 * model.num_parameters() < TWICE * psutil.virtual_memory().total
-    return choose_kind(Shape.of(model.config), precision, twice=twice)
+    return choose_kind(shape, precision, twice=twice)
 
 
 def choose_kind(shape: Shape, precision: Precision, *, twice: bool) -> tuple[Precision, Kind]:
     """What holds the weights on this machine: right first, then fast.
 
-    A way counts only if a product of the model's size comes out right; a lower precision only if
+    A way counts only if a product of the model's comes out right; a lower precision only if
     it is faster than fp32 at one of the probed batch sizes or more.
 
     Args:
@@ -201,30 +207,41 @@ def choose_kind(shape: Shape, precision: Precision, *, twice: bool) -> tuple[Pre
     """
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(4 * shape.hidden, shape.hidden, generator=generator) * shape.hidden**-0.5
-    candidates: list[tuple[Precision, Kind]] = [("fp32", Packed), ("fp32", Plain)]
+    weights = _weights(shape)
+    candidates: list[tuple[Precision, Kind]] = [("fp32", Packed), ("fp32", Plain), ("fp32", Pieces)]
     candidates += [("fp32", Both)] if twice else []
     if precision != "fp32":
         candidates += [(precision, Int8)] if precision == "int8" else [("bf16", Packed)]
-    with one_thread():
-        right = {(held, kind): _checked(kind, weight, held) for held, kind in candidates}
-        right = {pair: linear for pair, linear in right.items() if linear is not None}
-        times = dict(zip(right, seconds(list(right.values()), shape.hidden), strict=True))
-    plain = times["fp32", Plain]
-    packed = times.get(("fp32", Packed), [math.inf])
-    # What other processes do at this moment must not decide between equals.
-    exact: tuple[Precision, Kind] = ("fp32", Packed if sum(packed) < 1.2 * sum(plain) else Plain)
-    if exact[1] is Packed and times.get(("fp32", Both), packed)[0] < packed[0] / 1.1:
-        exact = "fp32", Both
+    with one_thread(), torch.inference_mode():
+        right = [pair for pair in candidates if _checked(pair[1], weights[0], pair[0])]
+        ways = [layer(kind, [converted(one, held) for one in weights]) for held, kind in right]
+        times = dict(zip(right, seconds(ways, shape.hidden), strict=True))
+    exact = min(
+        (pair for pair in times if pair[0] == "fp32"), key=lambda pair: cost(pair[1], times[pair])
+    )
     lower = [pair for pair in times if pair[0] != "fp32" and sum(times[pair]) < sum(times[exact])]
     if precision != "fp32" and not lower:
         log.warning("%s is not faster than fp32 on this machine: fp32 it is", precision)
     return lower[0] if lower else exact
 
 
-def _checked(kind: Kind, weight: Any, precision: Precision) -> Any:
-    """The product, if the operator is there and right."""
+def _weights(shape: Shape) -> list[Any]:
+    """See `linear.layer`."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    width = shape.heads * shape.dim
+    sizes = [
+        (width + 2 * shape.kv_heads * shape.dim, shape.hidden),
+        (shape.hidden, width),
+        *[(shape.intermediate, shape.hidden)] * 2,
+        (shape.hidden, shape.intermediate),
+    ]
+    return [torch.randn(size, generator=generator) * size[1] ** -0.5 for size in sizes]
+
+
+def _checked(kind: Kind, weight: Any, precision: Precision) -> bool:
+    """Whether the operator is there and right."""
     import torch
 
     with torch.inference_mode():
@@ -238,5 +255,5 @@ def _checked(kind: Kind, weight: Any, precision: Precision) -> Any:
             apart = float((linear(x) - exact).abs().max() / exact.abs().max())
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             log.info("%s does not run here: %s", kind.__name__, error)
-            return None
-    return linear if apart <= SAME[precision] else None
+            return False
+    return apart <= SAME[precision]
