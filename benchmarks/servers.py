@@ -43,6 +43,8 @@ class Setting:
     threads: int
     root: Path
     """For files of their own."""
+    overrides: tuple[str, ...] = ()
+    """Of our configuration."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def _ours(setting: Setting, port: int) -> Start:
         f"serve.threads_per_replica={setting.threads}", f"serve.max_concurrent={MOST}",
         f"serve.max_waiting={2 * MOST}", f"serve.engine.context={CONTEXT}",
         f"serve.engine.precision={setting.precision}", "serve.deadline_seconds=300",
+        *setting.overrides,
     ]  # fmt: skip
     command = [sys.executable, "-m", "cluster.cli", "serve", "gpt-demo", *overrides]
     return Start(command, pausable=False)

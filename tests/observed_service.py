@@ -173,17 +173,19 @@ def threads(config: RunConfig) -> int:
         torch.set_num_threads(before)
 
 
-def runner(config: RunConfig) -> tuple[str, int, int]:
+def runner(config: RunConfig) -> tuple[str, int, int, float]:
     """Of the loaded engine, as if int8 were right and fast: precision, tokens of a row, rows for
-    prefixes."""
+    prefixes, seconds between the pieces of a stream."""
     model = tiny_model.publish(open_store(config), Path("tiny"))
     with patched() as patch:
         patch.setattr(loading.parity, "check", lambda *_: None)
-        patch.setattr(loading, "_checked", lambda kind, weight, _: kind(weight, None))
-        patch.setattr(loading, "seconds", lambda ways, _: [[type(w) is not Int8] for w in ways])
+        patch.setattr(loading, "_checked", lambda *_: True)
+        patch.setattr(loading, "layer", lambda kind, _: kind)
+        patch.setattr(loading, "seconds", lambda kinds, _: [[kind is not Int8] for kind in kinds])
         engine: Any = load_engine(model, _application(config)["args"]["engine"])
     engine.close()
-    return engine._runner.precision, engine._runner.context_length, engine._runner.spare
+    made = engine._runner
+    return made.precision, made.context_length, made.spare, engine._stream_interval
 
 
 def queue(config: RunConfig) -> tuple[int, int]:

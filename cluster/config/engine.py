@@ -19,3 +19,6 @@ class EngineSection(Section):
     otherwise rounding may differ with the company. Keeps no prefixes."""
     prefixes: Annotated[int, OPERATIONAL, Field(ge=0, le=1024)] = 4
     """Beginnings of prompts that are kept for prompts that begin alike, each a cache of its own."""
+    stream_interval_ms: Annotated[float, OPERATIONAL, Field(ge=0, le=1000)] = 20
+    """For so long a stream's tokens after the first wait for each other: a message for every token
+    costs other requests their speed (`benchmarks/streams.py`). 0 sends each at once."""

@@ -89,10 +89,13 @@ class GenerationEngine:
 
     Args:
         model: id of the artifact, told with each answer.
+        stream_interval: see `Mailbox`.
     """
 
-    def __init__(self, model: str, runner: Runner, *, max_waiting: int) -> None:
-        self.model = model
+    def __init__(
+        self, model: str, runner: Runner, *, max_waiting: int, stream_interval: float = 0.02
+    ) -> None:
+        self.model, self._stream_interval = model, stream_interval
         self._runner = runner
         self._scheduler = Scheduler(
             runner.slots,
@@ -192,7 +195,7 @@ class GenerationEngine:
             drawing=Drawing(asked),
             scored=request.echo and asked.logprobs is not None,
             loop=loop,
-            mailbox=Mailbox(),
+            mailbox=Mailbox(self._stream_interval),
             whole=request.whole,
         )
 

@@ -54,6 +54,8 @@ class Options:
     """auto is exact: fp32 on a CPU, the published precision on a GPU."""
     constant_shape: bool = False
     """Same seed, same text, whoever else is served: see `FastRunner`; keeps no prefixes."""
+    stream_interval_ms: float = 20
+    """See `Mailbox`."""
     fast: bool = True
     """Whether the fast path is taken where the model fits it."""
 
@@ -79,7 +81,12 @@ def open_generation(
     runner = apart(
         options.threads, lambda: _proved(model, folder, options, context_length, records)
     )
-    return GenerationEngine(model, runner, max_waiting=options.max_waiting)
+    return GenerationEngine(
+        model,
+        runner,
+        max_waiting=options.max_waiting,
+        stream_interval=options.stream_interval_ms / 1000,
+    )
 
 
 def _proved(

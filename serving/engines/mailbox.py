@@ -8,10 +8,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from serving.engines.answer import merged
 from serving.engines.base import Event, Tokens, is_last
 
-PAUSE = 0.02
-"""Seconds for which tokens after the first wait for company. Each event crosses two processes on
-its way to HTTP, on the cores that compute; readers see no difference."""
-
 
 class Mailbox:
     """Tokens that come close together leave as one; everything else leaves at once.
@@ -20,11 +16,13 @@ class Mailbox:
     request always gets another one.
 
     Args:
+        interval: seconds for which tokens after the first wait for company. Each event crosses two
+            processes on its way to HTTP, on the cores that compute.
         clock: seconds, from any beginning.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval, self._clock = interval, clock
         self._events: list[Event] = []
         self._ready = asyncio.Event()
         self._due = -math.inf
@@ -44,7 +42,7 @@ class Mailbox:
                 if is_last(event):
                     return
                 if isinstance(event, Tokens):
-                    self._due = self._clock() + PAUSE
+                    self._due = self._clock() + self._interval
 
 
 def compact(events: Sequence[Event]) -> list[Event]:

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from serving.engines.base import Event, Finished, PromptScored, Tokens
-from serving.engines.mailbox import PAUSE, Mailbox, compact
+from serving.engines.mailbox import Mailbox, compact
+
+INTERVAL = 0.02
 
 
 def token(text: str) -> Tokens:
@@ -23,19 +25,22 @@ def test_tokens_that_follow_each_other_become_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("between", "expected"),
+    ("between", "interval", "expected"),
     [
-        (PAUSE, ["a", "b", "c", "d", "length"]),
-        (PAUSE / 2, ["a", "bc", "d", "length"]),
-        (0.0, ["a", "bcd", "length"]),  # the end waits for nobody
+        (INTERVAL, INTERVAL, ["a", "b", "c", "d", "length"]),
+        (INTERVAL / 2, INTERVAL, ["a", "bc", "d", "length"]),
+        (0.0, INTERVAL, ["a", "bcd", "length"]),  # the end waits for nobody
+        (0.0, 0.0, ["a", "b", "c", "d", "length"]),
     ],
 )
-def test_the_first_token_and_the_end_never_wait(between: float, expected: list[str]) -> None:
+def test_the_first_token_and_the_end_never_wait(
+    between: float, interval: float, expected: list[str]
+) -> None:
     now = 1.0
 
     async def scenario() -> list[str]:
         nonlocal now
-        box, seen = Mailbox(lambda: now), list[str]()
+        box, seen = Mailbox(interval, lambda: now), list[str]()
 
         async def read() -> None:
             async for event in box.until_last():

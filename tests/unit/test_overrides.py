@@ -241,6 +241,7 @@ CASES = (
     Case("serve.engine.context", "40", service.runner),
     Case("serve.engine.constant_shape", "true", service.runner),
     Case("serve.engine.prefixes", "2", service.runner),
+    Case("serve.engine.stream_interval_ms", "0", service.runner),
     Case("serve.deadline_seconds", "0.05", service.answer_in_time),
 )
 
