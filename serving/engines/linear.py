@@ -177,16 +177,18 @@ class _Split(nn.Module):
 
     def __init__(self, parts: Sequence[Parameters], widest: int) -> None:
         super().__init__()
-        weights, biases = zip(*parts, strict=True)
-        count, width = _cut(len(weights[0]), widest)
-        # [pieces, in, width]
-        self.weight = torch.cat([_cut_up(w, count, width) for w in weights]).transpose(1, 2)
-        self.weight = self.weight.contiguous()
-        self.bias: Tensor | None = None
-        if any(bias is not None for bias in biases):
-            given = [w.new_zeros(len(w)) if b is None else b for w, b in parts]
-            self.bias = torch.cat([_cut_up(one.unsqueeze(1), count, width) for one in given])
-            self.bias = self.bias.transpose(1, 2).contiguous()
+        outputs = len(parts[0][0])
+        count, width = _cut(outputs, widest)
+
+        def cut_up(rows: Tensor) -> Tensor:
+            """[parts * outputs, in] -> [pieces, in, width]; what is missing at an end is 0."""
+            apart = rows.view(len(parts), outputs, -1)
+            padded = functional.pad(apart, (0, 0, 0, count * width - outputs))
+            return padded.view(len(parts) * count, width, -1).transpose(1, 2).contiguous()
+
+        weight, bias = joined(*parts)
+        self.weight = cut_up(weight)
+        self.bias = None if bias is None else cut_up(bias.unsqueeze(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in] -> [pieces, rows, width]."""
@@ -204,12 +206,6 @@ def _cut(outputs: int, widest: int) -> tuple[int, int]:
         if outputs % (8 * count) == 0:
             return count, outputs // count
     return fewest, math.ceil(outputs / fewest / 8) * 8
-
-
-def _cut_up(weight: Tensor, count: int, width: int) -> Tensor:
-    """[out, in] -> [count, width, in]; what is missing at the end is 0."""
-    missing = count * width - len(weight)
-    return functional.pad(weight, (0, 0, 0, missing)).view(count, width, -1)
 
 
 def _beside(pieces: Tensor, outputs: int) -> Tensor:
